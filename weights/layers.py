@@ -1,0 +1,66 @@
+"""The one linear layer and the one embedding: they multiply by whatever stands in the params tree.
+
+A linear layer's params are `{"kernel": weight}` or `{"kernel": weight, "bias": [d_out]}`; an embedding's are
+`{"table": weight}` with the table `[vocab, d_model]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def matmul(x: Array, weight: Any, rng: Array | None = None) -> Array:
+    """`x @ w`: `[..., d_in] x [d_in, d_out] -> [..., d_out]`, in `x.dtype` with float32 accumulation.
+
+    An array is cast to `x.dtype` at the product, so float32 masters multiply in the compute type of the activations.
+    """
+    if hasattr(weight, "matmul"):
+        return weight.matmul(x, rng=rng)
+    _check_inner(x.shape[-1], weight.shape[0], weight.shape)
+    return _dot(x, weight.astype(x.dtype), contract=0)
+
+
+def linear(params: Mapping[str, Any], x: Array, rng: Array | None = None) -> Array:
+    """`x @ kernel + bias` (bias only if the params hold one): `[..., d_in] -> [..., d_out]`."""
+    return bias_add(matmul(x, params["kernel"], rng=rng), params)
+
+
+def bias_add(y: Array, params: Mapping[str, Any]) -> Array:
+    """Add `params["bias"]` if there is one."""
+    return y + params["bias"].astype(y.dtype) if "bias" in params else y
+
+
+def embed(params: Mapping[str, Any], tokens: Array, dtype: Any) -> Array:
+    """Rows of the table: `int32[...] -> dtype[..., d_model]`; ids outside the vocabulary give zeros."""
+    table = params["table"]
+    if hasattr(table, "take"):
+        return table.take(tokens).astype(dtype)
+    return jnp.take(table, tokens, axis=0, mode="fill", fill_value=0).astype(dtype)
+
+
+def unembed(params: Mapping[str, Any], x: Array) -> Array:
+    """Logits against a tied table: `[..., d_model] -> [..., vocab]`."""
+    table = params["table"]
+    if hasattr(table, "matmul_transposed"):
+        return table.matmul_transposed(x)
+    _check_inner(x.shape[-1], table.shape[1], table.shape)
+    return _dot(x, table.astype(x.dtype), contract=1)
+
+
+def _dot(x: Array, weight: Array, contract: int) -> Array:
+    dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
+    product = jax.lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
+
+
+def _check_inner(features: int, rows: int, shape: tuple[int, ...]) -> None:
+    if features != rows:
+        raise ValueError(
+            f"input has {features} features but the weight {tuple(shape)} takes {rows}"
+        )
