@@ -1,12 +1,12 @@
 """Everything a layer can multiply by (seam 1).
 
-A weight is an array, or a registered pytree dataclass that follows `weights.protocol.Weight`. Models call
-`linear`, `matmul`, `embed` and `unembed` and never ask which it is; quantizers, pruners and adapters add formats
-as files of this folder and one line in `FORMATS`.
+A weight is an array, or a registered pytree dataclass that follows `weights.protocol.Weight`.
+Models call `linear`, `matmul`, `embed` and `unembed` and never ask which it is; quantizers,
+pruners and adapters add formats as files of this folder and one line in `FORMATS`.
 """
 
 from weights.layers import bias_add, embed, linear, matmul, unembed
-from weights.protocol import Weight, dequantize, is_weight, nbytes, prepare, specs
+from weights.protocol import Weight, dequantize, is_format, is_weight, nbytes, prepare, specs
 from weights.serial import FORMATS, from_arrays, to_arrays
 from weights.tree import Path, flatten, from_flat, map_with_path, nearest, path_string, paths
 
@@ -20,6 +20,7 @@ __all__ = [
     "flatten",
     "from_arrays",
     "from_flat",
+    "is_format",
     "is_weight",
     "linear",
     "map_with_path",

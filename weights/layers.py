@@ -1,7 +1,7 @@
 """The one linear layer and the one embedding: they multiply by whatever stands in the params tree.
 
-A linear layer's params are `{"kernel": weight}` or `{"kernel": weight, "bias": [d_out]}`; an embedding's are
-`{"table": weight}` with the table `[vocab, d_model]`.
+A linear layer's params are `{"kernel": weight}` or `{"kernel": weight, "bias": [d_out]}`; an
+embedding's are `{"table": weight}` with the table `[vocab, d_model]`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from weights.protocol import is_format
+
 Array = jax.Array
 
 
 def matmul(x: Array, weight: Any, rng: Array | None = None) -> Array:
-    """`x @ w`: `[..., d_in] x [d_in, d_out] -> [..., d_out]`, in `x.dtype` with float32 accumulation.
+    """`x @ w`: `[..., d_in] x [d_in, d_out] -> [..., d_out]`, in `x.dtype` with float32
+    accumulation.
 
-    An array is cast to `x.dtype` at the product, so float32 masters multiply in the compute type of the activations.
+    An array is cast to `x.dtype` at the product, so float32 masters multiply in the compute type
+    of the activations.
     """
-    if hasattr(weight, "matmul"):
+    if is_format(weight):
         return weight.matmul(x, rng=rng)
     _check_inner(x.shape[-1], weight.shape[0], weight.shape)
     return _dot(x, weight.astype(x.dtype), contract=0)
@@ -37,17 +41,19 @@ def bias_add(y: Array, params: Mapping[str, Any]) -> Array:
 
 
 def embed(params: Mapping[str, Any], tokens: Array, dtype: Any) -> Array:
-    """Rows of the table: `int32[...] -> dtype[..., d_model]`; ids outside the vocabulary give zeros."""
+    """Rows of the table: `int32[...] -> dtype[..., d_model]`; ids outside the vocabulary give
+    zeros.
+    """
     table = params["table"]
-    if hasattr(table, "take"):
-        return table.take(tokens).astype(dtype)
+    if is_format(table):
+        return table.lookup(tokens).astype(dtype)
     return jnp.take(table, tokens, axis=0, mode="fill", fill_value=0).astype(dtype)
 
 
 def unembed(params: Mapping[str, Any], x: Array) -> Array:
     """Logits against a tied table: `[..., d_model] -> [..., vocab]`."""
     table = params["table"]
-    if hasattr(table, "matmul_transposed"):
+    if is_format(table):
         return table.matmul_transposed(x)
     _check_inner(x.shape[-1], table.shape[1], table.shape)
     return _dot(x, table.astype(x.dtype), contract=1)

@@ -1,7 +1,7 @@
 """A params tree as plain arrays plus a JSON description, which is what a checkpoint stores.
 
-`to_arrays` replaces every format by a dict of its arrays and notes its name and static fields by path;
-`from_arrays` is the inverse. Orbax therefore only ever sees nested dicts of arrays.
+`to_arrays` replaces every format by a dict of its arrays and notes its name and static fields by
+path; `from_arrays` is the inverse. Orbax therefore only ever sees nested dicts of arrays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paths of a params tree, as every rule, report and error writes them: `layers/000-006/attention/query/kernel`."""
+"""Paths of a params tree, as rules, reports and errors write them: `layers/000-006/norm/scale`."""
 
 from __future__ import annotations
 
