@@ -1,0 +1,31 @@
+"""Where every array lives: the mesh, the rules that name logical axes, and the layout that maps one onto the other.
+
+A model brings rules (regex over paths -> logical axes); a config sizes the mesh and may change the table; `partition`
+gives every array its sharding and refuses what does not fit. Inside a compiled function `constrain` places activations.
+"""
+
+from sharding.constraints import constrain
+from sharding.layout import TABLE, Layout, ShardingConfig, check_heads, make_layout
+from sharding.mesh import AXES, MeshConfig, make_mesh
+from sharding.partition import check_divisible, partition, sharded_init, state_shardings
+from sharding.rules import Rule, match_rules, prefixed, rules_table
+
+__all__ = [
+    "AXES",
+    "TABLE",
+    "Layout",
+    "MeshConfig",
+    "Rule",
+    "ShardingConfig",
+    "check_divisible",
+    "check_heads",
+    "constrain",
+    "make_layout",
+    "make_mesh",
+    "match_rules",
+    "partition",
+    "prefixed",
+    "rules_table",
+    "sharded_init",
+    "state_shardings",
+]

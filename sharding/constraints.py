@@ -1,0 +1,34 @@
+"""Constraints on activations inside a compiled function."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sharding.layout import Layout, axis_names
+from sharding.rules import Axes
+
+
+def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
+    """`x` laid out by its logical axes, e.g. `constrain(x, ("batch", "length", "hidden"), layout)`.
+
+    The identity without a layout or on one device. A dimension that its mesh axes do not divide (one token of a
+    decoding step over `context`, say) is kept whole: a constraint places values, it never changes them.
+    """
+    if layout is None or layout.mesh.devices.size == 1:
+        return x
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")
+    spec = PartitionSpec(
+        *(
+            entry if size % _pieces(layout, entry) == 0 else None
+            for size, entry in zip(x.shape, layout.spec(axes), strict=True)
+        )
+    )
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def _pieces(layout: Layout, entry: object) -> int:
+    return math.prod(layout.mesh.shape[axis] for axis in axis_names(entry))

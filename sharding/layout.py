@@ -1,0 +1,245 @@
+"""The layout: which mesh axes each logical axis is split over, per role.
+
+Roles are where ZeRO's stages live: what splits the weights splits the gradients, and what splits the gradients splits
+the optimizer state (weights ⊆ gradients ⊆ optimizer), never the other way round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.mesh import AXES, show_sizes
+from sharding.rules import Axes
+from weights import nearest
+
+Table = tuple[tuple[str, tuple[str, ...]], ...]
+
+TABLE: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
+    "hidden": (),
+    "vocab": ("tensor",),
+    "d_model": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "d_ff": ("tensor",),
+    "experts": ("expert",),
+    "positions": (),
+    "layers": (),
+}
+"""Logical axis -> mesh axes. `batch`, `length` and `hidden` are axes of activations only."""
+
+ROLES = ("weights", "gradients", "optimizer")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """Where every array lives.
+
+    rules: "model" for the rules that the model brings, "auto" to derive them from names and shapes.
+    zero: 3 splits weights, gradients and optimizer state over fsdp; 2 keeps weights whole; 1 gradients too; 0 all.
+    weights: changes to the table for weights and activations, e.g. (("vocab", ("fsdp", "tensor")), ("d_model", ())).
+    gradients: changes to the table for gradients, made after those for weights.
+    optimizer: changes to the table for optimizer state, made after those for gradients.
+    extra_rules: (pattern, logical axes) pairs that stand before the model's own rules.
+    context_attention: "ring" passes keys and values around the context axis, "all_gather" collects them.
+    """
+
+    rules: str = "model"
+    zero: int = 3
+    weights: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    gradients: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    optimizer: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    extra_rules: tuple[tuple[str, Axes], ...] = ()
+    context_attention: str = "ring"
+
+    def __post_init__(self) -> None:
+        _one_of("sharding.rules", self.rules, ("model", "auto"))
+        _one_of("sharding.zero", self.zero, (0, 1, 2, 3))
+        _one_of("sharding.context_attention", self.context_attention, ("ring", "all_gather"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the tables that map logical axes onto it, hashable so that it can be static under `jit`.
+
+    `weights` also serves activations. Tables hold `(logical axis, mesh axes)` pairs.
+    """
+
+    mesh: Mesh
+    weights: Table = tuple(TABLE.items())
+    gradients: Table = tuple(TABLE.items())
+    optimizer: Table = tuple(TABLE.items())
+    context_attention: str = "ring"
+
+    def __post_init__(self) -> None:
+        for role in ROLES:
+            _check_table(role, getattr(self, role), self.mesh)
+        _check_subset("weights", self.weights, "gradients", self.gradients)
+        _check_subset("gradients", self.gradients, "optimizer", self.optimizer)
+
+    def spec(self, axes: Axes, role: str = "weights") -> PartitionSpec:
+        """The partition spec of an array with these logical axes; mesh axes of size 1 are left out.
+
+        Raises `ValueError` for an unknown logical axis, or if two axes of the array ask for the same mesh axis.
+        """
+        table = dict(getattr(self, _one_of("role", role, ROLES)))
+        return PartitionSpec(*(_entry(mesh_axes) for mesh_axes in self._mesh_axes(axes, table)))
+
+    def sharding(self, axes: Axes, role: str = "weights") -> NamedSharding:
+        """`spec` on this layout's mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, role))
+
+    def size(self, logical: str, role: str = "weights") -> int:
+        """How many pieces a logical axis is split into."""
+        return math.prod(
+            self.mesh.shape[axis] for axis in axis_names(self.spec((logical,), role)[0])
+        )
+
+    def replicate(self, *logical: str) -> Layout:
+        """The same layout with these logical axes whole on every device, in all roles."""
+        return dataclasses.replace(
+            self,
+            **{
+                role: _merge(getattr(self, role), [(name, ()) for name in logical])
+                for role in ROLES
+            },
+        )
+
+    def _mesh_axes(self, axes: Axes, table: Mapping[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
+        found, owner = [], {}
+        for logical in axes:
+            if logical is not None and logical not in table:
+                raise ValueError(
+                    f"unknown logical axis {logical!r} in {axes}; nearest: {nearest(logical, table) or sorted(table)}"
+                )
+            wanted = table[logical] if logical is not None else ()
+            present = tuple(axis for axis in wanted if self.mesh.shape.get(axis, 1) > 1)
+            for axis in present:
+                if axis in owner:
+                    raise ValueError(
+                        f"logical axes {axes} use mesh axis {axis!r} twice (for {owner[axis]!r} and {logical!r}): "
+                        "an array can be split over a mesh axis once; map one of them elsewhere"
+                    )
+                owner[axis] = logical
+            found.append(present)
+        return found
+
+
+def make_layout(mesh: Mesh, config: ShardingConfig | None = None) -> Layout:
+    """The layout of a config: `TABLE`, then its overrides, then ZeRO's stage, role by role."""
+    config = config or ShardingConfig()
+    weights = _merge(tuple(TABLE.items()), config.weights)
+    gradients = _merge(weights, config.gradients)
+    optimizer = _merge(gradients, config.optimizer)
+    return Layout(
+        mesh,
+        _without_fsdp(weights) if config.zero < 3 else weights,
+        _without_fsdp(gradients) if config.zero < 2 else gradients,
+        _without_fsdp(optimizer) if config.zero < 1 else optimizer,
+        config.context_attention,
+    )
+
+
+def check_heads(layout: Layout, num_heads: int, kv_heads: int) -> Layout:
+    """The layout for a model with these heads, since no head is ever split.
+
+    Kernels hold heads flattened (`num_heads * head_dim` columns), so divisibility of columns is not enough. If
+    `kv_heads` does not divide, keys and values stay whole on every device and a note is logged.
+    Raises `ValueError` with a mesh that would work if `num_heads` does not divide.
+    """
+    pieces = layout.size("heads")
+    if num_heads % pieces:
+        mesh_axes = layout.spec(("heads",))[0]
+        raise ValueError(
+            f"{num_heads} attention heads do not divide over {pieces} devices of mesh axis {mesh_axes!r}; a mesh that "
+            f"would work: {suggest_mesh(layout.mesh, [(num_heads, axis_names(mesh_axes))])}"
+        )
+    if kv_heads % layout.size("kv_heads"):
+        logger.info(
+            "%d key/value heads do not divide over mesh axis %r (%d): keys and values are kept whole on each device",
+            kv_heads,
+            layout.spec(("kv_heads",))[0],
+            layout.size("kv_heads"),
+        )
+        return layout.replicate("kv_heads")
+    return layout
+
+
+def suggest_mesh(mesh: Mesh, needs: list[tuple[int, tuple[str, ...]]]) -> str:
+    """A mesh near this one on which every (size, mesh axes) need divides: `data` takes the devices set free."""
+    sizes = dict(mesh.shape)
+    for size, axes in needs:
+        for axis in axes:
+            rest = math.prod(sizes[other] for other in axes if other != axis)
+            if size % (rest * sizes[axis]):
+                sizes[axis] = math.gcd(size // rest if size % rest == 0 else 1, sizes[axis])
+    freed = mesh.devices.size // math.prod(sizes.values())
+    filler = "data" if "data" in sizes else next(iter(sizes))
+    return show_sizes({**sizes, filler: sizes[filler] * freed})
+
+
+def _entry(mesh_axes: tuple[str, ...]) -> Any:
+    if not mesh_axes:
+        return None
+    return mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a partition spec, always as a tuple."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _merge(table: Table, changes: Any) -> Table:
+    merged = dict(table)
+    for logical, mesh_axes in changes:
+        merged[logical] = axis_names(mesh_axes)
+    return tuple(merged.items())
+
+
+def _without_fsdp(table: Table) -> Table:
+    return tuple(
+        (logical, axes if logical == "batch" else tuple(axis for axis in axes if axis != "fsdp"))
+        for logical, axes in table
+    )
+
+
+def _check_table(role: str, table: Table, mesh: Mesh) -> None:
+    known = {*AXES, *mesh.axis_names}
+    for logical, axes in table:
+        for axis in axes:
+            if axis not in known:
+                raise ValueError(
+                    f"{role} table maps {logical!r} to unknown mesh axis {axis!r}; nearest: "
+                    f"{nearest(axis, known) or ', '.join(AXES)}"
+                )
+
+
+def _check_subset(inner: str, small: Table, outer: str, large: Table) -> None:
+    wide = dict(large)
+    for logical, axes in small:
+        missing = set(axes) - set(wide.get(logical, ()))
+        if missing:
+            raise ValueError(
+                f"{inner} split {logical!r} over {sorted(axes)} but {outer} only over {sorted(wide.get(logical, ()))}: "
+                f"each role must be split at least as far as the one before it ({' ⊆ '.join(ROLES)})"
+            )
+
+
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        close = nearest(str(value), [str(item) for item in known])
+        raise ValueError(
+            f"{name} is {value!r}, not one of {known}" + (f"; nearest: {close}" if close else "")
+        )
+    return value
