@@ -1,7 +1,8 @@
-"""Where every array lives: the mesh, the rules that name logical axes, and the layout that maps one onto the other.
+"""Where every array lives: the mesh, the rules that name logical axes, and the layout between them.
 
-A model brings rules (regex over paths -> logical axes); a config sizes the mesh and may change the table; `partition`
-gives every array its sharding and refuses what does not fit. Inside a compiled function `constrain` places activations.
+A model brings rules (regex over paths -> logical axes); a config sizes the mesh and may change the
+table; `partition` gives every array its sharding and refuses what does not fit. Inside a compiled
+function `constrain` places activations.
 """
 
 from sharding.constraints import constrain

@@ -14,8 +14,9 @@ from sharding.rules import Axes
 def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
     """`x` laid out by its logical axes, e.g. `constrain(x, ("batch", "length", "hidden"), layout)`.
 
-    The identity without a layout or on one device. A dimension that its mesh axes do not divide (one token of a
-    decoding step over `context`, say) is kept whole: a constraint places values, it never changes them.
+    The identity without a layout or on one device. A dimension that its mesh axes do not divide
+    (one token of a decoding step over `context`, say) is kept whole: a constraint places values, it
+    never changes them.
     """
     if layout is None or layout.mesh.devices.size == 1:
         return x

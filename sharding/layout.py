@@ -1,7 +1,8 @@
 """The layout: which mesh axes each logical axis is split over, per role.
 
-Roles are where ZeRO's stages live: what splits the weights splits the gradients, and what splits the gradients splits
-the optimizer state (weights ⊆ gradients ⊆ optimizer), never the other way round.
+Roles are where ZeRO's stages live: what splits the weights splits the gradients, and what splits
+the gradients splits the optimizer state (weights ⊆ gradients ⊆ optimizer), never the other way
+round.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ class ShardingConfig:
     """Where every array lives.
 
     rules: "model" for the rules that the model brings, "auto" to derive them from names and shapes.
-    zero: 3 splits weights, gradients and optimizer state over fsdp; 2 keeps weights whole; 1 gradients too; 0 all.
-    weights: changes to the table for weights and activations, e.g. (("vocab", ("fsdp", "tensor")), ("d_model", ())).
+    zero: what fsdp splits: 3 weights, gradients, optimizer state; 2 not weights; 1 only state; 0 none.
+    weights: changes to the table for weights and activations: (("vocab", ("tensor",)), …).
     gradients: changes to the table for gradients, made after those for weights.
     optimizer: changes to the table for optimizer state, made after those for gradients.
     extra_rules: (pattern, logical axes) pairs that stand before the model's own rules.
-    context_attention: "ring" passes keys and values around the context axis, "all_gather" collects them.
+    context_attention: "ring" passes keys and values around the devices; "all_gather" collects them.
     """
 
     rules: str = "model"
@@ -69,7 +70,7 @@ class ShardingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the tables that map logical axes onto it, hashable so that it can be static under `jit`.
+    """A mesh and the tables that map logical axes onto it; hashable, to be static under `jit`.
 
     `weights` also serves activations. Tables hold `(logical axis, mesh axes)` pairs.
     """
@@ -89,7 +90,8 @@ class Layout:
     def spec(self, axes: Axes, role: str = "weights") -> PartitionSpec:
         """The partition spec of an array with these logical axes; mesh axes of size 1 are left out.
 
-        Raises `ValueError` for an unknown logical axis, or if two axes of the array ask for the same mesh axis.
+        Raises `ValueError` for an unknown logical axis, or if two axes of the array ask for the
+        same mesh axis.
         """
         table = dict(getattr(self, _one_of("role", role, ROLES)))
         return PartitionSpec(*(_entry(mesh_axes) for mesh_axes in self._mesh_axes(axes, table)))
@@ -119,15 +121,16 @@ class Layout:
         for logical in axes:
             if logical is not None and logical not in table:
                 raise ValueError(
-                    f"unknown logical axis {logical!r} in {axes}; nearest: {nearest(logical, table) or sorted(table)}"
+                    f"unknown logical axis {logical!r} in {axes}; nearest: "
+                    f"{nearest(logical, table) or sorted(table)}"
                 )
             wanted = table[logical] if logical is not None else ()
             present = tuple(axis for axis in wanted if self.mesh.shape.get(axis, 1) > 1)
             for axis in present:
                 if axis in owner:
                     raise ValueError(
-                        f"logical axes {axes} use mesh axis {axis!r} twice (for {owner[axis]!r} and {logical!r}): "
-                        "an array can be split over a mesh axis once; map one of them elsewhere"
+                        f"logical axes {axes} use mesh axis {axis!r} twice (for {owner[axis]!r} and "
+                        f"{logical!r}): an array is split over it once; map one elsewhere"
                     )
                 owner[axis] = logical
             found.append(present)
@@ -152,20 +155,21 @@ def make_layout(mesh: Mesh, config: ShardingConfig | None = None) -> Layout:
 def check_heads(layout: Layout, num_heads: int, kv_heads: int) -> Layout:
     """The layout for a model with these heads, since no head is ever split.
 
-    Kernels hold heads flattened (`num_heads * head_dim` columns), so divisibility of columns is not enough. If
-    `kv_heads` does not divide, keys and values stay whole on every device and a note is logged.
-    Raises `ValueError` with a mesh that would work if `num_heads` does not divide.
+    Kernels hold heads flattened (`num_heads * head_dim` columns), so divisibility of columns is not
+    enough. If `kv_heads` does not divide, keys and values stay whole on every device and a note is
+    logged. Raises `ValueError` with a mesh that would work if `num_heads` does not divide.
     """
     pieces = layout.size("heads")
     if num_heads % pieces:
         mesh_axes = layout.spec(("heads",))[0]
         raise ValueError(
-            f"{num_heads} attention heads do not divide over {pieces} devices of mesh axis {mesh_axes!r}; a mesh that "
-            f"would work: {suggest_mesh(layout.mesh, [(num_heads, axis_names(mesh_axes))])}"
+            f"{num_heads} attention heads do not divide over {pieces} devices of mesh axis "
+            f"{mesh_axes!r}; a mesh that would work: "
+            f"{suggest_mesh(layout.mesh, [(num_heads, axis_names(mesh_axes))])}"
         )
     if kv_heads % layout.size("kv_heads"):
         logger.info(
-            "%d key/value heads do not divide over mesh axis %r (%d): keys and values are kept whole on each device",
+            "%d key/value heads do not divide over mesh axis %r (%d): each device keeps all",
             kv_heads,
             layout.spec(("kv_heads",))[0],
             layout.size("kv_heads"),
@@ -175,7 +179,7 @@ def check_heads(layout: Layout, num_heads: int, kv_heads: int) -> Layout:
 
 
 def suggest_mesh(mesh: Mesh, needs: list[tuple[int, tuple[str, ...]]]) -> str:
-    """A mesh near this one on which every (size, mesh axes) need divides: `data` takes the devices set free."""
+    """A mesh near this one that divides every (size, mesh axes); `data` takes the freed devices."""
     sizes = dict(mesh.shape)
     for size, axes in needs:
         for axis in axes:
@@ -231,8 +235,9 @@ def _check_subset(inner: str, small: Table, outer: str, large: Table) -> None:
         missing = set(axes) - set(wide.get(logical, ()))
         if missing:
             raise ValueError(
-                f"{inner} split {logical!r} over {sorted(axes)} but {outer} only over {sorted(wide.get(logical, ()))}: "
-                f"each role must be split at least as far as the one before it ({' ⊆ '.join(ROLES)})"
+                f"{inner} split {logical!r} over {sorted(axes)} but {outer} only over "
+                f"{sorted(wide.get(logical, ()))}: each role must be split at least as far as the "
+                f"one before it ({' ⊆ '.join(ROLES)})"
             )
 
 

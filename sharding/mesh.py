@@ -1,7 +1,7 @@
 """The device mesh: six named axes, sized by a config, laid over the devices a run has.
 
-Axes stand from the slowest link to the fastest: replicas of the model (`data`) may be far apart, the pieces of one
-matrix (`tensor`) should be neighbours.
+Axes stand from the slowest link to the fastest: replicas of the model (`data`) may be far apart,
+the pieces of one matrix (`tensor`) should be neighbours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MeshConfig:
 
     data: replicas of the model that each take a part of the batch; -1 takes the devices left over.
     fsdp: devices that share one replica's weights and optimizer state and also split the batch.
-    expert: devices that the experts of a mixture are spread over; the other layers split the batch over them.
+    expert: devices that a mixture's experts are spread over; other layers split the batch.
     stage: pipeline stages.
     context: devices that one sequence is split over.
     tensor: devices that each matrix's heads, feed-forward columns and vocabulary are split over.
@@ -53,24 +53,26 @@ class MeshConfig:
     def sizes(self, devices: int) -> dict[str, int]:
         """`{axis: size}` over a number of devices, with -1 filled in.
 
-        Raises `ValueError` naming axes, sizes, devices and a mesh that would work if the product does not fit.
+        Raises `ValueError` naming axes, sizes, devices and a mesh that would work if the product
+        does not fit.
         """
         sizes = dataclasses.asdict(self)
         fixed = math.prod(size for size in sizes.values() if size != -1)
         filled = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
         if math.prod(filled.values()) != devices:
             raise ValueError(
-                f"mesh {show_sizes(sizes)} does not fit {devices} devices (the product of the axes must be "
-                f"{devices}); a mesh that would work: {show_sizes(_fitting(sizes, devices))}"
+                f"mesh {show_sizes(sizes)} does not fit {devices} devices (the product of its axes "
+                f"must be {devices}); a mesh that would work: "
+                f"{show_sizes(_fitting(sizes, devices))}"
             )
         return filled
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a config over `devices` (default: all devices of all processes), axes `AXES` in that order.
+    """The mesh of a config over `devices` (default: those of all processes), axes `AXES` in order.
 
-    On accelerators the device order follows the physical interconnect. Over several slices (TPU pods joined by a
-    slower network) the outermost axis whose size allows it spans them.
+    On accelerators the device order follows the physical interconnect. Over several slices (TPU
+    pods joined by a slower network) the outermost axis whose size allows it spans them.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = tuple((config or MeshConfig()).sizes(len(devices)).values())
@@ -97,13 +99,13 @@ def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
         if sizes[position] % slices == 0:
             return tuple(slices if index == position else 1 for index in range(len(AXES)))
     raise ValueError(
-        f"mesh {show_sizes(dict(zip(AXES, sizes, strict=True)))} cannot be laid over {slices} slices: one of data, "
-        f"stage, fsdp must be a multiple of {slices}"
+        f"mesh {show_sizes(dict(zip(AXES, sizes, strict=True)))} cannot span {slices} slices: "
+        f"one of data, stage, fsdp must be a multiple of {slices}"
     )
 
 
 def _fitting(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The nearest mesh that fits: inner axes keep what divides the devices, `data` takes the rest."""
+    """A mesh that fits: inner axes keep what divides the devices, `data` takes the rest."""
     fitted, left = {}, devices
     for axis in reversed(AXES[1:]):
         fitted[axis] = math.gcd(sizes[axis], left) if sizes[axis] > 0 else 1

@@ -1,4 +1,4 @@
-"""From rules and a layout to the sharding of every array of a tree: parameters, gradients, optimizer state."""
+"""From rules and a layout to the sharding of every array: params, gradients, optimizer state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from weights import flatten, map_with_path, path_string, specs
 
 
 def partition(tree: Any, rules: Sequence[Rule], layout: Layout, role: str = "weights") -> Any:
-    """`NamedSharding` of every array, in the structure of `tree` (arrays, abstract arrays or weight formats).
+    """`NamedSharding` of every array, in the structure of `tree` (arrays or weight formats).
 
-    A format's arrays follow from the spec of the matrix that it stands for. Raises `ValueError` if a rule matches
-    nothing, an array has no rule or another number of axes, or a mesh axis does not divide an array (the error names
-    array, axis, sizes, and a mesh that would work).
+    A format's arrays follow from the spec of the matrix that it stands for. Raises `ValueError` if
+    a rule matches nothing, an array has no rule or another number of axes, or a mesh axis does not
+    divide an array (the error names array, axis, sizes, and a mesh that would work).
     """
     matched = match_rules(rules, flatten(tree))
     shardings = map_with_path(
@@ -38,8 +38,8 @@ def _shard(path: str, weight: Any, rule: Rule, layout: Layout, role: str) -> Any
         raise ValueError(f"{path} (rule {rule.pattern!r}): {error}") from None
     if hasattr(weight, "shape") and not hasattr(weight, "specs") and len(axes) != len(weight.shape):
         raise ValueError(
-            f"{path}: shape {tuple(weight.shape)} has {len(weight.shape)} axes but rule {rule.pattern!r} gives "
-            f"{len(axes)}: {axes}"
+            f"{path}: shape {tuple(weight.shape)} has {len(weight.shape)} axes but rule "
+            f"{rule.pattern!r} gives {len(axes)}: {axes}"
         )
     return jax.tree.map(
         lambda entry: NamedSharding(layout.mesh, entry),
@@ -49,7 +49,7 @@ def _shard(path: str, weight: Any, rule: Rule, layout: Layout, role: str) -> Any
 
 
 def _piece_specs(path: str, weight: Any, spec: PartitionSpec) -> Any:
-    """Specs of a weight's own arrays; formats are written for one layer, so the stack's axis is set apart."""
+    """Specs of a weight's own arrays; a format knows one layer, the stack's axis is set apart."""
     if not hasattr(weight, "specs") or not STACKED.fullmatch(path):
         return specs(weight, spec)
     pieces = specs(weight, PartitionSpec(*spec[1:]))
@@ -57,7 +57,7 @@ def _piece_specs(path: str, weight: Any, spec: PartitionSpec) -> Any:
 
 
 def check_divisible(tree: Any, shardings: Any, axes: Mapping[str, Any] | None = None) -> None:
-    """Raise `ValueError` for arrays that their shardings do not divide, with a mesh that would work for all of them.
+    """Raise `ValueError` for arrays that the mesh does not divide, with a mesh that would work.
 
     `axes`: `{path: logical axes}`, which the message names where it can.
     """
@@ -68,14 +68,16 @@ def check_divisible(tree: Any, shardings: Any, axes: Mapping[str, Any] | None = 
             names = axis_names(entry)
             needs.append((array.shape[index], names))
             if array.shape[index] % math.prod(mesh.shape[name] for name in names):
-                logical = ((axes or {}).get(path) or {}) and axes[path][index]
-                problems.append(_indivisible(path, array.shape, index, logical, names, mesh))
+                logical = (axes or {}).get(path)
+                name = logical[index] if logical else None
+                problems.append(_indivisible(path, array.shape, index, name, sharding))
     if problems and mesh is not None:
         shown = "\n  ".join(problems[:5]) + (
             f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         )
         raise ValueError(
-            f"the mesh does not divide these arrays:\n  {shown}\na mesh that would work: {suggest_mesh(mesh, needs)}"
+            f"the mesh does not divide these arrays:\n  {shown}\n"
+            f"a mesh that would work: {suggest_mesh(mesh, needs)}"
         )
 
 
@@ -86,19 +88,20 @@ def _arrays(tree: Any, shardings: Any) -> dict[str, tuple[Any, NamedSharding]]:
 
 
 def _indivisible(
-    path: str, shape: tuple[int, ...], index: int, logical: Any, names: tuple[str, ...], mesh: Any
+    path: str, shape: tuple[int, ...], index: int, logical: str | None, sharding: NamedSharding
 ) -> str:
     axis = f"axis {index}" + (f" ({logical})" if logical else "")
-    sizes = show_sizes({name: mesh.shape[name] for name in names})
+    names = axis_names(sharding.spec[index])
+    sizes = show_sizes({name: sharding.mesh.shape[name] for name in names})
     return f"{path} {tuple(shape)}: {axis} of size {shape[index]} does not divide over {sizes}"
 
 
 def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
-    """Shardings of an optimizer's state: what is shaped like a parameter goes where that parameter's state goes.
+    """Shardings of an optimizer's state: moments go where their parameters' state goes.
 
-    An array whose path ends in a parameter's path and that has its shape takes the sharding at that path of
-    `shardings` (which has the structure of `params`; give it the role "optimizer"); all else (counts, factored
-    moments) is replicated. Works below any wrapper of Optax, masks included.
+    An array whose path ends in a parameter's path and that has its shape takes the sharding at that
+    path of `shardings` (which has the structure of `params`; give it the role "optimizer"); all
+    else (counts, factored moments) is replicated. Works below any wrapper of Optax, masks included.
     """
     known = {
         path: (tuple(array.shape), sharding)
@@ -118,7 +121,7 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
 
 
 def sharded_init(init: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-    """`init(*args)` compiled so that every device makes only its own pieces; the values do not depend on the mesh."""
+    """`init(*args)`, each device making only its own pieces; values do not depend on the mesh."""
     return jax.jit(init, out_shardings=shardings)(*args)
 
 

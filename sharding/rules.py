@@ -1,6 +1,7 @@
 """Rules: a regex over an array's path gives it logical axes, and all else that depends on its name.
 
-Rules know the model's names and nothing of devices; `sharding.layout` maps logical axes to mesh axes.
+Rules know the model's names and nothing of devices; `sharding.layout` maps logical axes to mesh
+axes.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ STACKED = re.compile(r"(?:.*/)?layers/\d+-\d+/.+")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What holds for every array whose whole path matches a regex; the first rule that matches an array counts.
+    """What holds for each array whose whole path matches a regex; the first matching rule counts.
 
     pattern: regex for the whole path, e.g. `layers/.*/query/kernel`.
-    axes: logical axes of the array of ONE layer, e.g. `("d_model", "heads")`; stacked layers get "layers" in front.
+    axes: logical axes of ONE layer's array, `("d_model", "heads")`; stacks get "layers" in front.
     init: name of the initial distribution (the model's table of them).
     scale: multiplies the standard deviation, or is the value, of that distribution.
     learning_rate: multiplies the learning rate of the array.
@@ -106,8 +107,8 @@ def _matches_nothing(rule: Rule, matched: dict[str, Rule]) -> str:
     hidden = [path for path in matched if rule.matches(path)]
     if hidden:
         return (
-            f"sharding rule {rule.pattern!r} never applies: {hidden[0]} and all else that it matches is taken by "
-            f"an earlier rule ({matched[hidden[0]].pattern!r}); move it up or remove it"
+            f"sharding rule {rule.pattern!r} never applies: {hidden[0]} and all else it matches "
+            f"is taken by an earlier rule ({matched[hidden[0]].pattern!r}); move it up or remove it"
         )
     close = nearest(rule.pattern, matched) or "none"
     return f"sharding rule {rule.pattern!r} matches no array; nearest paths: {close}"
