@@ -1,0 +1,247 @@
+"""A model as a folder: `save` and `load`, which training, serving, surgery and evaluation share.
+
+`model.checkpoint_folder` says what lies in the folder. `load` reads the parameters only, straight
+onto a mesh: an optimizer's state beside them is never opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from model import checkpoint_arrays as arrays
+from model import checkpoint_folder as folders
+from model.checkpoint_folder import CheckpointError
+from model.config import ModelConfig
+from model.parameters import abstract, rules
+from sharding import Layout, partition
+from weights import flatten, from_arrays, from_flat, nearest, to_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model that was read: what it is, its parameters, the files beside it and where it came
+    from.
+    """
+
+    config: ModelConfig
+    params: Any
+    files: Mapping[str, bytes]
+    provenance: Mapping[str, Any]
+    folder: Path
+
+
+def save(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Any,
+    files: Mapping[str, bytes | str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint folder; returns once it is complete on the disk, and leaves nothing if it
+    fails.
+
+    `files` travel with the model under their names (tokenizer.json, chat_template.jinja). Every
+    process calls this, with a folder that all of them see. Raises `CheckpointError` if the folder
+    exists.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; a checkpoint is never overwritten, choose another")
+    partial = folder.with_name(folder.name + folders.PARTIAL)
+    write = {folders.PARAMS: ocp.args.PyTreeSave(arrays.storable(arrays.by_path(params)))}
+    remove_partial(partial)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(partial, args=ocp.args.Composite(**write))
+        if jax.process_index() == 0:
+            write_description(partial, config, params, files or {}, provenance or {})
+            folders.commit(partial)
+    except BaseException:
+        remove_partial(partial)
+        raise
+    wait_for_all(f"saved {folder}")
+    return folder
+
+
+def load(folder: str | Path, layout: Layout | None = None, dtype: Any = None) -> Checkpoint:
+    """Read a model from a checkpoint, a `checkpoints/` folder or a run (its newest good
+    checkpoint).
+
+    With a `layout` each array is read straight into its shards by the model's rules, otherwise onto
+    the first device. `dtype` casts floating dense arrays; a weight format's own arrays keep theirs.
+    Raises `CheckpointError` if a named checkpoint is not whole, or its arrays are not those of its
+    `model.json`.
+    """
+    folder = Path(on_first_process(lambda: str(folders.locate(folder))))
+    config, description, names = read_model(folder)
+    found = arrays.stored(folder / folders.PARAMS)
+    tree = from_arrays(from_flat(found), description)
+    check_architecture(folder, config, tree)
+    target = _placed(_cast(tree, dtype), config, layout)
+    values = arrays.restore(folder / folders.PARAMS, arrays.by_path(target), cast=True)
+    params = jax.tree.unflatten(jax.tree.structure(target), list(values.values()))
+    provenance = folders.read_json(folder / folders.PROVENANCE)
+    return Checkpoint(config, params, folders.read_files(folder, names), provenance, folder)
+
+
+def write_description(
+    folder: Path,
+    config: ModelConfig,
+    params: Any,
+    files: Mapping[str, bytes | str],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write `model.json`, `provenance.json` and the files beside the arrays of a folder (one
+    process only).
+    """
+    folders.write_files(folder, files)
+    model = {
+        "format": 1,
+        "config": dataclasses.asdict(config),
+        "weights": to_arrays(params)[1],
+        "files": sorted(files),
+    }
+    folders.write_json(folder / folders.MODEL, model)
+    folders.write_json(folder / folders.PROVENANCE, dict(provenance))
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, dict[str, dict[str, Any]], list[str]]:
+    """What `model.json` holds: the config, the weight format at each path, the names of the files
+    beside it.
+    """
+    path = folder / folders.MODEL
+    content = folders.read_json(path)
+    try:
+        config, description, names = content["config"], content["weights"], content["files"]
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path} lacks one of config, weights, files") from None
+    return from_json(ModelConfig, config, f"{path}: config"), description, names
+
+
+def from_json(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """A frozen dataclass from what `dataclasses.asdict` made of it and JSON kept; absent fields
+    take their defaults.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: unknown field {unknown[0]!r}; nearest: {nearest(unknown[0], hints)}"
+        )
+    return cls(**{name: _typed(hints[name], value) for name, value in values.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_typed(None, item) for item in value)
+    if isinstance(value, dict):
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        cls = next(option for option in options if dataclasses.is_dataclass(option))
+        return from_json(typing.cast(type, cls), value, str(hint))
+    return value
+
+
+def check_config(folder: Path, wanted: ModelConfig) -> None:
+    """Raise `CheckpointError` naming the first fields in which the checkpoint's model is not the
+    wanted one.
+    """
+    found = read_model(folder)[0].resolve()
+    wanted = wanted.resolve()
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    differing = [name for name in names if getattr(found, name) != getattr(wanted, name)]
+    if differing:
+        text = "; ".join(
+            f"model.{name} is {getattr(found, name)!r} there, {getattr(wanted, name)!r} here"
+            for name in differing[:3]
+        )
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} is of another architecture: {text}{more}; "
+            f"use the config of its {folders.MODEL}, or another run folder"
+        )
+
+
+def check_architecture(folder: Path, config: ModelConfig, params: Any) -> None:
+    """Raise `CheckpointError` naming the first paths at which the arrays are not those of the
+    config.
+
+    A weight format may stand at any path; the shapes of dense arrays must agree.
+    """
+    found, wanted = flatten(params), flatten(abstract(config))
+    dense = {path: leaf for path, leaf in found.items() if hasattr(leaf, "shape")}
+    expected = {path: leaf for path, leaf in wanted.items() if path in dense or path not in found}
+    arrays.check_arrays(folder, dense, expected, cast=True)
+    extra = [path for path in found if path not in wanted]
+    if extra:
+        raise CheckpointError(
+            f"checkpoint {folder} holds {len(extra)} weights that its model has no use for: "
+            f"{', '.join(extra[:3])}"
+        )
+
+
+def _cast(params: Any, dtype: Any) -> Any:
+    def cast(leaf: Any) -> Any:
+        dense = isinstance(leaf, jax.ShapeDtypeStruct)
+        if dtype is None or not dense or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return from_flat({path: cast(leaf) for path, leaf in flatten(params).items()})
+
+
+def _placed(params: Any, config: ModelConfig, layout: Layout | None) -> Any:
+    if layout is None:
+        return params
+    shardings = partition(params, rules(config), layout)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        shardings,
+    )
+
+
+def remove_partial(partial: Path) -> None:
+    """Delete what a failed or killed save left behind (process 0 does it); raises nothing."""
+    if jax.process_index() == 0:
+        for entry in partial.parent.glob(f"{partial.name}*"):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def on_first_process(function: Callable[[], str], limit: int = 4096) -> str:
+    """The text that `function` gives on process 0, on every process; its `CheckpointError` is
+    raised on all.
+    """
+    if jax.process_count() == 1:
+        return function()
+    failed, text = False, ""
+    if jax.process_index() == 0:
+        try:
+            text = function()
+        except CheckpointError as error:
+            failed, text = True, str(error)
+    message = np.zeros(limit, np.uint8)
+    encoded = (("!" if failed else "=") + text).encode()[:limit]
+    message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(message)))
+    text = received.rstrip(b"\0").decode(errors="replace")
+    if text.startswith("!"):
+        raise CheckpointError(text[1:])
+    return text[1:]
+
+
+def wait_for_all(name: str) -> None:
+    """Return once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
