@@ -17,22 +17,24 @@ from weights.protocol import is_format
 Array = jax.Array
 
 
-def matmul(x: Array, weight: Any, rng: Array | None = None) -> Array:
-    """`x @ w`: `[..., d_in] x [d_in, d_out] -> [..., d_out]`, in `x.dtype` with float32
-    accumulation.
+def matmul(x: Array, weight: Any, rng: Array | None = None, dtype: Any = None) -> Array:
+    """`x @ w`: `[..., d_in] x [d_in, d_out] -> [..., d_out]`, accumulated in float32, returned in
+    `dtype` (None: `x.dtype`).
 
     An array is cast to `x.dtype` at the product, so float32 masters multiply in the compute type
     of the activations.
     """
     if is_format(weight):
-        return weight.matmul(x, rng=rng)
+        return weight.matmul(x, rng=rng).astype(dtype or x.dtype)
     _check_inner(x.shape[-1], weight.shape[0], weight.shape)
-    return _dot(x, weight.astype(x.dtype), contract=0)
+    return _dot(x, weight.astype(x.dtype), contract=0, dtype=dtype)
 
 
-def linear(params: Mapping[str, Any], x: Array, rng: Array | None = None) -> Array:
+def linear(
+    params: Mapping[str, Any], x: Array, rng: Array | None = None, dtype: Any = None
+) -> Array:
     """`x @ kernel + bias` (bias only if the params hold one): `[..., d_in] -> [..., d_out]`."""
-    return bias_add(matmul(x, params["kernel"], rng=rng), params)
+    return bias_add(matmul(x, params["kernel"], rng=rng, dtype=dtype), params)
 
 
 def bias_add(y: Array, params: Mapping[str, Any]) -> Array:
@@ -50,19 +52,21 @@ def embed(params: Mapping[str, Any], tokens: Array, dtype: Any) -> Array:
     return jnp.take(table, tokens, axis=0, mode="fill", fill_value=0).astype(dtype)
 
 
-def unembed(params: Mapping[str, Any], x: Array) -> Array:
-    """Logits against a tied table: `[..., d_model] -> [..., vocab]`."""
+def unembed(params: Mapping[str, Any], x: Array, dtype: Any = None) -> Array:
+    """Logits against a tied table: `[..., d_model] -> [..., vocab]` in `dtype` (None:
+    `x.dtype`).
+    """
     table = params["table"]
     if is_format(table):
-        return table.matmul_transposed(x)
+        return table.matmul_transposed(x).astype(dtype or x.dtype)
     _check_inner(x.shape[-1], table.shape[1], table.shape)
-    return _dot(x, table.astype(x.dtype), contract=1)
+    return _dot(x, table.astype(x.dtype), contract=1, dtype=dtype)
 
 
-def _dot(x: Array, weight: Array, contract: int) -> Array:
+def _dot(x: Array, weight: Array, contract: int, dtype: Any) -> Array:
     dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
     product = jax.lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+    return product.astype(dtype or x.dtype)
 
 
 def _check_inner(features: int, rows: int, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,164 @@
+"""Attention in plain `jax.numpy`: the definition that every kernel must match, and what runs on a
+CPU.
+
+    s_ij = cap(scale * q_i . k_j - slope * |p_i - p_j|)
+    lse_i = log sum_j exp(s_ij)
+    o_i = sum_j exp(s_ij - lse_i) v_j
+
+over the keys j that query i may see. Softmax is in float32. Query heads that share a key head are
+one more axis of the same matrix product, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    query_positions: Array,
+    key_positions: Array,
+    query_segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Softmax attention over the keys that each query may see (`mask`).
+
+    Args:
+        q: `[batch, queries, heads, head_dim]`.
+        k: `[batch, keys, kv_heads, head_dim]`; `heads` must be a multiple of `kv_heads`.
+        v: `[batch, keys, kv_heads, value_dim]`.
+        query_positions: `int32[batch, queries]`, absolute positions.
+        key_positions: `int32[batch, keys]`.
+        query_segment_ids: `int32[batch, queries]`; 0 is padding. None: one document, no padding.
+        key_segment_ids: `int32[batch, keys]`.
+        causal: keys after the query are hidden.
+        window: distances 0..window-1 are seen (the query's own position counts as one).
+        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)` (Gemma 2).
+        alibi_slopes: `[heads]`; `slope * distance` is subtracted from the scores (ALiBi).
+        scale: multiplies `q . k`; None is `head_dim ** -0.5`.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        `[batch, queries, heads, value_dim]` in `q.dtype`, and with `return_lse` also
+        `float32[batch, queries, heads]`. A query that may see nothing gives 0 and `-inf`, with zero
+        gradients.
+    """
+    _check(q, k, v, (query_segment_ids is None) == (key_segment_ids is None))
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    factor = head_dim**-0.5 if scale is None else scale
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = factor * jnp.einsum(
+        "btkgd,bskd->bktgs", grouped, k, preferred_element_type=jnp.float32
+    )
+    if alibi_slopes is not None:
+        distance = jnp.abs(query_positions[:, :, None] - key_positions[:, None, :])
+        slopes = alibi_slopes.astype(jnp.float32).reshape(1, kv_heads, 1, heads // kv_heads, 1)
+        scores = scores - slopes * distance[:, None, :, None, :].astype(jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    visible = mask(
+        query_positions, key_positions, query_segment_ids, key_segment_ids, causal, window
+    )
+    probabilities, lse = _softmax(scores, visible)
+    out = jnp.einsum(
+        "bktgs,bskd->btkgd", probabilities.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    out = out.astype(q.dtype).reshape(batch, queries, heads, v.shape[-1])
+    if not return_lse:
+        return out
+    return out, jnp.swapaxes(lse, 1, 2).reshape(batch, queries, heads)
+
+
+def mask(
+    query_positions: Array,
+    key_positions: Array,
+    query_segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Array | None:
+    """What each query may see: `bool[batch, queries, keys]`, or None if everything.
+
+    Positions are absolute; segments see only themselves; segment 0 is padding and sees nothing.
+    """
+    conditions = []
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    if causal:
+        conditions.append(distance >= 0)
+    if window is not None:
+        conditions.append(distance < window if causal else jnp.abs(distance) < window)
+    if query_segment_ids is not None and key_segment_ids is not None:
+        same = query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
+        conditions.append(same & (query_segment_ids[:, :, None] > 0))
+    if not conditions:
+        return None
+    visible = conditions[0]
+    for condition in conditions[1:]:
+        visible = visible & condition
+    return visible
+
+
+def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
+    """Attention over the union of disjoint key sets, from the attention over each.
+
+    `lse = log sum_p exp(lse_p)`, `out = sum_p exp(lse_p - lse) out_p`; parts that saw nothing (`lse
+    = -inf`) add nothing. Takes normalised `[..., dim]` outputs and their `[...]` log-sum-exps.
+    """
+    stacked = jnp.stack([lse.astype(jnp.float32) for lse in lses])
+    peak = jax.lax.stop_gradient(jnp.max(stacked, axis=0))
+    shift = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = jnp.exp(stacked - shift)
+    total = jnp.sum(weights, axis=0)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    parts = [
+        weight[..., None] * out.astype(jnp.float32)
+        for weight, out in zip(weights, outs, strict=True)
+    ]
+    out = sum(parts[1:], parts[0]) / safe[..., None]
+    return out.astype(outs[0].dtype), jnp.where(seen, jnp.log(safe) + shift, -jnp.inf)
+
+
+def _softmax(scores: Array, visible: Array | None) -> tuple[Array, Array]:
+    """Probabilities `[b, k, t, g, s]` and log-sum-exp `[b, k, t, g]` of float32 scores, NaN-free
+    for empty rows.
+    """
+    if visible is not None:
+        visible = visible[:, None, :, None, :]
+        scores = jnp.where(visible, scores, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    lse = jnp.where(seen, jnp.log(safe) + peak, -jnp.inf)
+    return weights / safe, lse[..., 0]
+
+
+def _check(q: Array, k: Array, v: Array, segments_paired: bool) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            "attention takes q [batch, queries, heads, dim], k and v [batch, keys, kv_heads, dim]; "
+            f"got q {q.shape}, k {k.shape}, v {v.shape}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+    if not segments_paired:
+        raise ValueError("query_segment_ids and key_segment_ids come together or not at all")

@@ -1,0 +1,127 @@
+"""The attention mixer: multi-head and grouped-query, with optional QK-norm, window, soft cap, ALiBi
+and cache.
+
+Without a cache it rotates queries and keys itself; with one it hands them over un-rotated, with the
+position encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.attention import attention
+from model.arrays import ArraySpec, hidden_kernel, output_std, vector
+from model.norms import rms_norm
+from model.remat import ATTENTION_OUTPUT
+from sharding import constrain
+from weights import linear
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.context import Context
+
+Array = jax.Array
+
+
+def arrays(config: ModelConfig) -> dict[str, ArraySpec]:
+    """The arrays of one attention layer."""
+    d_model, head_dim, kv_heads = config.d_model, config.head_dim, config.kv_heads
+    assert head_dim is not None
+    assert kv_heads is not None
+    widths = {
+        "query": (config.num_heads * head_dim, "heads"),
+        "key": (kv_heads * head_dim, "kv_heads"),
+        "value": (kv_heads * head_dim, "kv_heads"),
+    }
+    specs = {}
+    for name, (width, axis) in widths.items():
+        specs[f"{name}/kernel"] = hidden_kernel(config, (d_model, width), ("d_model", axis))
+        if config.qkv_bias:
+            specs[f"{name}/bias"] = vector(width, axis)
+    width = config.num_heads * head_dim
+    specs["output/kernel"] = hidden_kernel(
+        config, (width, d_model), ("heads", "d_model"), output_std(config)
+    )
+    if config.output_bias:
+        specs["output/bias"] = vector(d_model, None)
+    if config.qk_norm != "none":
+        full = config.qk_norm == "full"
+        for name in ("query", "key"):
+            width, axis = widths[name] if full else (head_dim, None)
+            specs[f"{name}_norm/scale"] = vector(width, axis, init="ones")
+    return specs
+
+
+def apply(
+    params: Mapping[str, Any],
+    x: Array,
+    config: ModelConfig,
+    context: Context,
+    carry: dict[str, Any],
+) -> tuple[Array, dict[str, Any], dict[str, Any]]:
+    """`[batch, length, d_model] -> [batch, length, d_model]`; with `carry["cache"]`, appends to it
+    and attends to it.
+    """
+    q, k, v = _project(params, x, config, context)
+    if "cache" in carry:
+        cache = carry["cache"].append(context.layer, k, v, context.meta, context.encoder)
+        carry = {**carry, "cache": cache}
+        out = cache.attend(
+            context.layer,
+            q,
+            context.meta,
+            context.encoder,
+            scale=config.attention_scale,
+            window=config.sliding_window,
+            soft_cap=config.attention_soft_cap,
+        )
+    else:
+        out = _attend(q, k, v, config, context)
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
+    y = linear(params["output"], out.reshape(*x.shape[:2], -1))
+    return y, carry, {"taps": {"query": q, "key": k, "value": v, "attention_heads": out}}
+
+
+def _project(
+    params: Mapping[str, Any], x: Array, config: ModelConfig, context: Context
+) -> tuple[Array, Array, Array]:
+    """Un-rotated q `[batch, length, num_heads, head_dim]`, k and v `[batch, length, kv_heads,
+    head_dim]`.
+    """
+    layout = context.runtime.layout
+    projected = []
+    for name, axis in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
+        y = linear(params[name], x)
+        norm = params.get(f"{name}_norm")
+        if norm is not None and config.qk_norm == "full":
+            y = rms_norm(y, norm["scale"], config.norm_eps)
+        y = y.reshape(*x.shape[:2], -1, config.head_dim)
+        if norm is not None and config.qk_norm == "head":
+            y = rms_norm(y, norm["scale"], config.norm_eps)
+        projected.append(constrain(y, ("batch", "length", axis, None), layout))
+    q, k, v = projected
+    return q, k, v
+
+
+def _attend(q: Array, k: Array, v: Array, config: ModelConfig, context: Context) -> Array:
+    """Causal self-attention over the tokens at hand: `[batch, length, num_heads, head_dim]`."""
+    positions, segment_ids = context.positions, context.segment_ids
+    encoder = context.encoder
+    return attention(
+        encoder.rotate(q, positions),
+        encoder.rotate(k, positions),
+        v,
+        query_positions=positions,
+        key_positions=positions,
+        query_segment_ids=segment_ids,
+        key_segment_ids=segment_ids,
+        window=config.sliding_window,
+        soft_cap=config.attention_soft_cap,
+        alibi_slopes=encoder.slopes(),
+        scale=config.attention_scale,
+        implementation=context.runtime.attention,
+    )

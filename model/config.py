@@ -1,0 +1,327 @@
+"""What a decoder is, as one frozen dataclass of plain values; its defaults are a small Llama.
+
+`ModelConfig` says what is computed, never how (`model.runtime.Runtime` says that). Layers that
+differ are written as `layer_overrides`; `segments` cuts the stack into runs of equal layers, each
+of which is one scan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from model.feed_forward import ACTIVATIONS, FEED_FORWARDS
+from model.mixers import MIXERS
+from model.norms import NORMS
+from model.positions import ROPE_SCALINGS
+from weights import nearest
+
+NAMES: dict[str, Iterable[str]] = {
+    "mixer": MIXERS,
+    "feed_forward": FEED_FORWARDS,
+    "activation": ACTIVATIONS,
+    "norm": NORMS,
+    "norm_position": ("pre", "post", "output", "sandwich"),
+    "residual": ("sequential", "parallel_one_norm", "parallel_two_norms"),
+    "positions": ("rope", "alibi", "learned", "none"),
+    "rotary_layout": ("half", "interleaved"),
+    "qk_norm": ("none", "head", "full"),
+}
+"""Field -> the names it may hold."""
+
+GLOBAL_FIELDS = frozenset(
+    {
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "max_length",
+        "tied_embeddings",
+        "embed_norm",
+        "head_bias",
+        "final_norm_eps",
+        "embedding_scale",
+        "logit_scale",
+        "logit_soft_cap",
+        "base_d_model",
+        "layer_overrides",
+    }
+)
+"""Fields that belong to the whole decoder; all others may differ from layer to layer."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length.
+
+    kind: "linear", "dynamic" (NTK), "llama3", "yarn" or "longrope".
+    factor: how many times longer than the trained length.
+    original_max_length: the length that the frequencies were trained at, in tokens.
+    low_freq_factor: llama3: wavelengths above original_max_length / this are divided by factor.
+    high_freq_factor: llama3: wavelengths below original_max_length / this stay.
+    beta_fast: yarn: rotations within the trained length above which a frequency stays.
+    beta_slow: yarn: rotations below which a frequency is divided by factor.
+    truncate: yarn: round the bounds of the ramp to whole frequencies.
+    mscale: yarn: weight of the attention temperature (DeepSeek); 0 is the paper's formula.
+    mscale_all_dim: yarn: divisor of the attention temperature (DeepSeek); 0 is the paper's formula.
+    attention_factor: yarn, longrope: multiplies the rotated queries and keys; None derives it.
+    short_factor: longrope: one divisor per frequency, up to original_max_length.
+    long_factor: longrope: one divisor per frequency, beyond it.
+    """
+
+    kind: str = "linear"
+    factor: float = 1.0
+    original_max_length: int = 2048
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        if self.factor < 1.0:
+            raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder language model; the defaults are a small Llama.
+
+    vocab_size: number of token ids.
+    d_model: width of the residual stream.
+    num_layers: number of blocks.
+    num_heads: number of query heads.
+    kv_heads: number of key and value heads; None is num_heads.
+    head_dim: width of one head; None is d_model / num_heads.
+    d_ff: width of the feed-forward; None is 4 d_model, or 8/3 of it rounded up to 64 if gated.
+    max_length: longest sequence, in tokens; a hard bound with learned positions only.
+    mixer: what mixes over the length: "attention".
+    feed_forward: "gated" or "plain".
+    activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
+    norm: "rmsnorm", "rmsnorm_plus_one" (stored minus one), "layernorm" or "layernorm_nobias".
+    norm_eps: added to the variance.
+    final_norm_eps: the same for the last norm; None is norm_eps.
+    norm_position: "pre", "post" (after the sum), "output" (of each part; OLMo 2) or "sandwich".
+    residual: "sequential", "parallel_one_norm" (GPT-J) or "parallel_two_norms" (GPT-NeoX).
+    positions: "rope", "alibi", "learned" or "none".
+    position_offset: learned: added to every position (OPT: 2).
+    rotary_dim: leading channels of a head that rotate; None is all.
+    rotary_layout: "half" (Llama) or "interleaved" (GPT-J).
+    rope_base: base of the rotary wavelengths.
+    rope_scaling: stretching of the rotary frequencies; None is none.
+    attention_scale: multiplies q . k; None is head_dim ** -0.5.
+    attention_soft_cap: bounds attention scores by cap * tanh(s / cap); None is none.
+    sliding_window: tokens that attention sees, the own and those before it; None is all.
+    qk_norm: RMSNorm of queries and keys: "none", each "head" (Qwen3) or the "full" row (OLMo 2).
+    qkv_bias: biases on query, key and value.
+    output_bias: bias on the attention output.
+    feed_forward_bias: biases in the feed-forward.
+    head_bias: bias on the logits (untied head only).
+    tied_embeddings: the head multiplies by the embedding table.
+    embed_norm: a norm right after the embedding (BLOOM).
+    embedding_scale: multiplies the embeddings (Gemma: sqrt(d_model)).
+    residual_scale: multiplies what each part adds to the residual stream (MiniCPM).
+    logit_scale: multiplies the logits (muP: base_d_model / d_model).
+    logit_soft_cap: bounds the logits by cap * tanh(z / cap); None is none.
+    dropout: rate after the embedding and on what each part adds; acts only when an rng is given.
+    init_std: standard deviation of initial weights.
+    base_d_model: muP: width at which init_std and learning rate were tuned; None is no muP.
+    layer_overrides: (layer, field, value) triples for layers that differ.
+    """
+
+    vocab_size: int = 32000
+    d_model: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    max_length: int = 2048
+    mixer: str = "attention"
+    feed_forward: str = "gated"
+    activation: str = "silu"
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    final_norm_eps: float | None = None
+    norm_position: str = "pre"
+    residual: str = "sequential"
+    positions: str = "rope"
+    position_offset: int = 0
+    rotary_dim: int | None = None
+    rotary_layout: str = "half"
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    sliding_window: int | None = None
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    feed_forward_bias: bool = False
+    head_bias: bool = False
+    tied_embeddings: bool = False
+    embed_norm: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+    base_d_model: int | None = None
+    layer_overrides: tuple[tuple[int, str, bool | int | float | str | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        for field, known in NAMES.items():
+            _one_of(f"model.{field}", getattr(self, field), known)
+        _check_sizes(self)
+        _check_overrides(self)
+
+    def resolve(self) -> ModelConfig:
+        """The same model with every derived size (`kv_heads`, `head_dim`, `d_ff`, `rotary_dim`, …)
+        written out.
+        """
+        head_dim = self.head_dim or self.d_model // self.num_heads
+        scale = head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        eps = self.norm_eps if self.final_norm_eps is None else self.final_norm_eps
+        return dataclasses.replace(
+            self,
+            kv_heads=self.kv_heads or self.num_heads,
+            head_dim=head_dim,
+            d_ff=self.d_ff or _default_d_ff(self),
+            rotary_dim=self.rotary_dim or head_dim,
+            attention_scale=scale,
+            final_norm_eps=eps,
+        )
+
+    def layer(self, index: int) -> ModelConfig:
+        """The resolved config of one layer, its overrides applied."""
+        if not 0 <= index < self.num_layers:
+            raise IndexError(f"layer {index} of a model with layers 0..{self.num_layers - 1}")
+        changes = {field: value for layer, field, value in self.layer_overrides if layer == index}
+        return dataclasses.replace(self, layer_overrides=(), **changes).resolve()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Runs of consecutive equal layers, in order."""
+        segments: list[Segment] = []
+        for index in range(self.num_layers):
+            layer = self.layer(index)
+            if segments and segments[-1].layer == layer:
+                segments[-1] = Segment(segments[-1].start, index + 1, layer)
+            else:
+                segments.append(Segment(index, index + 1, layer))
+        return tuple(segments)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers `start..stop-1`, all with the resolved config `layer`."""
+
+    start: int
+    stop: int
+    layer: ModelConfig
+
+    @property
+    def name(self) -> str:
+        """Its key under `layers/` in the params tree: `000-006`."""
+        return f"{self.start:03d}-{self.stop:03d}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def mup(config: ModelConfig, base_d_model: int, base_head_dim: int | None = None) -> ModelConfig:
+    """The config with muP multipliers for hyper-parameters tuned at width `base_d_model` (Tensor
+    Programs V, table 8).
+
+    Logits are multiplied by `base_d_model / d_model`, and `model.rules` then scales the initial
+    values and learning rates of hidden matrices by width. Where heads grow with the width,
+    `base_head_dim` (the base model's) turns the attention scale into `sqrt(base_head_dim) /
+    head_dim`.
+    """
+    scale = config.attention_scale
+    if base_head_dim is not None:
+        head_dim = config.head_dim or config.d_model // config.num_heads
+        scale = base_head_dim**0.5 / head_dim
+    return dataclasses.replace(
+        config,
+        base_d_model=base_d_model,
+        logit_scale=config.logit_scale * base_d_model / config.d_model,
+        attention_scale=scale,
+    )
+
+
+def _default_d_ff(config: ModelConfig) -> int:
+    if config.feed_forward != "gated":
+        return 4 * config.d_model
+    return -(-config.d_model * 8 // (3 * 64)) * 64
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    for field in ("vocab_size", "d_model", "num_layers", "num_heads", "max_length"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
+    for field in ("kv_heads", "head_dim", "d_ff", "rotary_dim", "sliding_window", "base_d_model"):
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise ValueError(f"model.{field} is {value}; it must be at least 1, or None")
+    if config.head_dim is None and config.d_model % config.num_heads:
+        raise ValueError(
+            f"model.d_model {config.d_model} is not a multiple of model.num_heads "
+            f"{config.num_heads}; change one, or set model.head_dim"
+        )
+    if config.num_heads % (config.kv_heads or config.num_heads):
+        divisors = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
+        raise ValueError(
+            f"model.num_heads {config.num_heads} is not a multiple of model.kv_heads "
+            f"{config.kv_heads}; kv_heads may be one of {divisors}"
+        )
+    _check_rotary(config)
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"model.dropout is {config.dropout}; it must be in [0, 1)")
+    if config.head_bias and config.tied_embeddings:
+        raise ValueError("model.head_bias needs a head of its own: set model.tied_embeddings=False")
+
+
+def _check_rotary(config: ModelConfig) -> None:
+    if config.positions != "rope":
+        return
+    head_dim = config.head_dim or config.d_model // config.num_heads
+    rotary_dim = config.rotary_dim or head_dim
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise ValueError(
+            f"model.rotary_dim is {rotary_dim}; it must be even and at most head_dim {head_dim}"
+        )
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(scaling, name)) != rotary_dim // 2:
+                raise ValueError(
+                    f"rope_scaling.{name} has {len(getattr(scaling, name))} values; "
+                    f"rotary_dim {rotary_dim} needs {rotary_dim // 2}"
+                )
+
+
+def _check_overrides(config: ModelConfig) -> None:
+    fields = {field.name for field in dataclasses.fields(config)} - GLOBAL_FIELDS
+    for layer, field, value in config.layer_overrides:
+        where = f"model.layer_overrides ({layer}, {field!r}, {value!r})"
+        if not 0 <= layer < config.num_layers:
+            raise ValueError(f"{where}: the layers are 0..{config.num_layers - 1}")
+        if field not in fields:
+            near = nearest(field, fields) or ", ".join(sorted(fields))
+            raise ValueError(f"{where}: not a field that may differ by layer; nearest: {near}")
+    for layer in sorted({layer for layer, _, _ in config.layer_overrides}):
+        config.layer(layer)
+
+
+def _one_of(field: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        near = nearest(value, known) or "none"
+        raise ValueError(f"{field} is {value!r}; nearest: {near}; known: {', '.join(known)}")

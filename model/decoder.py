@@ -1,0 +1,281 @@
+"""The decoder: embedding, segments of layers, final norm, head.
+
+Each segment of equal layers is one loop, so unequal layers compile as many bodies as there are
+kinds in a row. The loop can stop early (`until_layer`), returns intermediates by name (`taps`), and
+carries the cache, so that no second cache is ever allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model import norms
+from model.block import block, dropout
+from model.config import ModelConfig, Segment
+from model.context import Context
+from model.positions import PositionEncoder
+from model.remat import remat
+from model.runtime import Runtime
+from sharding import check_heads, constrain
+from weights import embed, linear, nearest, unembed
+
+Array = jax.Array
+Params = Mapping[str, Any]
+DEFAULT = Runtime()
+EMBEDDING_KEY = 1 << 20
+"""Folded into the dropout key for the embedding; layers fold in their own number, which is
+smaller.
+"""
+
+
+def forward(
+    params: Params,
+    tokens: Array | None,
+    config: ModelConfig,
+    runtime: Runtime = DEFAULT,
+    **options: Any,
+) -> tuple[Array, dict[str, Any]]:
+    """Logits `float32[batch, length, vocab]` and aux; all options are those of `hidden_states`.
+
+    With `until_layer` the final norm and the head read the residual stream after that many layers.
+    """
+    hidden, aux = hidden_states(params, tokens, config, runtime, **options)
+    return logits(params, hidden, config, runtime), aux
+
+
+def hidden_states(
+    params: Params,
+    tokens: Array | None,
+    config: ModelConfig,
+    runtime: Runtime = DEFAULT,
+    *,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    inputs_embeds: Array | None = None,
+    cache: Any = None,
+    until_layer: int | None = None,
+    taps: Iterable[str] = (),
+    rng: Array | None = None,
+) -> tuple[Array, dict[str, Any]]:
+    """What the head multiplies: the residual stream after the layers and the final norm.
+
+    Args:
+        params: the tree that `model.init` makes; kernels may be any weight format.
+        tokens: `int32[batch, length]`, or None with `inputs_embeds`.
+        config: what the model is.
+        runtime: how it runs.
+        positions: `int32[batch, length]` within each document; None counts from 0, or from what the
+            cache holds.
+        segment_ids: `int32[batch, length]`; documents see only themselves, 0 is padding. None: one
+            document a row.
+        inputs_embeds: `[batch, length, d_model]` in place of embedded tokens.
+        cache: `model.caches.DecoderCache`; the new one comes back as `aux["cache"]`.
+        until_layer: run only layers `0..until_layer-1`.
+        taps: names of intermediates: "embeddings", "layers/3/hidden", "layers/3/attention_output",
+            …
+        rng: key for dropout; None turns dropout off.
+
+    Returns:
+        `[batch, length, d_model]` in the compute dtype, and aux: what layers report, stacked
+        `[layers, …]`, with `aux["taps"]` `{name: array}` and `aux["cache"]` if asked for.
+    """
+    stop = _check_until(until_layer, config)
+    wanted = _group_taps(taps, stop)
+    x = _inputs(params, tokens, inputs_embeds, config, runtime)
+    if positions is None:
+        positions = _default_positions(x.shape, cache)
+    _check_length(x.shape[1], config)
+    x = _embed(params, x, positions, config, runtime, rng)
+    taken = {"embeddings": x} if "embeddings" in wanted else {}
+    meta = None if cache is None else cache.meta(positions, segment_ids)
+    reports, caches = [], {}
+    for segment in _until(config.segments, stop):
+        carry = {} if cache is None else {"cache": cache.segments[segment.name]}
+        context = _context(segment, positions, segment_ids, runtime, rng, meta)
+        x, carry, aux = _run(params, x, segment, stop, context, carry, wanted)
+        taken.update(aux.pop("taps", {}))
+        reports.append(aux)
+        caches[segment.name] = carry.get("cache")
+    eps = config.norm_eps if config.final_norm_eps is None else config.final_norm_eps
+    x = norms.normalise(config.norm, params["final_norm"], x, eps)
+    merged = _concatenate(reports)
+    if taps:
+        merged["taps"] = taken
+    if cache is not None:
+        merged["cache"] = cache.advance(caches, meta)
+    return x, merged
+
+
+def logits(params: Params, hidden: Array, config: ModelConfig, runtime: Runtime = DEFAULT) -> Array:
+    """`[..., length, d_model] -> float32[..., length, vocab]`: head or tied table, scale, soft
+    cap.
+    """
+    if config.tied_embeddings:
+        scores = unembed(params["embed"], hidden, jnp.float32)
+    else:
+        scores = linear(params["head"], hidden, dtype=jnp.float32)
+    if config.logit_scale != 1.0:
+        scores = scores * config.logit_scale
+    if config.logit_soft_cap is not None:
+        scores = config.logit_soft_cap * jnp.tanh(scores / config.logit_soft_cap)
+    return constrain(scores, ("batch", "length", "vocab"), runtime.layout)
+
+
+def _inputs(
+    params: Params,
+    tokens: Array | None,
+    inputs_embeds: Array | None,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> Array:
+    """Token embeddings `[batch, length, d_model]` in the compute dtype, or the ones given."""
+    if tokens is not None and inputs_embeds is None:
+        x = embed(params["embed"], tokens, runtime.compute_dtype)
+    elif inputs_embeds is not None and tokens is None:
+        x = inputs_embeds.astype(runtime.compute_dtype)
+    else:
+        raise ValueError("forward takes tokens or inputs_embeds, exactly one of them")
+    if x.ndim != 3 or x.shape[-1] != config.d_model:
+        raise ValueError(
+            f"embeddings have shape {x.shape}; expected [batch, length, {config.d_model}] "
+            "(tokens are int32[batch, length])"
+        )
+    return x
+
+
+def _embed(
+    params: Params,
+    x: Array,
+    positions: Array,
+    config: ModelConfig,
+    runtime: Runtime,
+    rng: Array | None,
+) -> Array:
+    """Scale, learned positions, norm and dropout of the embeddings."""
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    if config.positions == "learned":
+        x = x + embed(params["positions"], positions + config.position_offset, x.dtype)
+    if config.embed_norm:
+        x = norms.normalise(config.norm, params["embed_norm"], x, config.norm_eps)
+    if rng is not None:
+        x = dropout(x, config.dropout, jax.random.fold_in(rng, EMBEDDING_KEY))
+    return constrain(x, ("batch", "length", "hidden"), runtime.layout)
+
+
+def _context(
+    segment: Segment,
+    positions: Array,
+    segment_ids: Array | None,
+    runtime: Runtime,
+    rng: Array | None,
+    meta: Any,
+) -> Context:
+    """What the blocks of one segment know: position tables and head layout are settled once."""
+    layer = segment.layer
+    if runtime.layout is not None:
+        layout = check_heads(runtime.layout, layer.num_heads, layer.kv_heads or layer.num_heads)
+        runtime = dataclasses.replace(runtime, layout=layout)
+    encoder = PositionEncoder(layer).prepared(positions)
+    return Context(positions, segment_ids, encoder, runtime, rng=rng, meta=meta)
+
+
+def _run(
+    params: Params,
+    x: Array,
+    segment: Segment,
+    stop: int,
+    context: Context,
+    carry: dict[str, Any],
+    wanted: dict[str, list[int]],
+) -> tuple[Array, dict[str, Any], dict[str, Any]]:
+    """The layers of one segment below `stop`, as one loop; aux is stacked over them, taps are
+    picked out by layer.
+    """
+    stack = params["layers"][segment.name]
+    count = min(segment.stop, stop) - segment.start
+    if count < len(segment):
+        stack = jax.tree.map(lambda leaf: leaf[:count], stack)
+    here = range(segment.start, segment.start + count)
+    sites = frozenset(site for site, layers in wanted.items() if any(n in here for n in layers))
+
+    def body(state: tuple[Array, Any], inputs: tuple[Any, Array]) -> tuple[Any, Any]:
+        (hidden, carried), (layer_params, index) = state, inputs
+        rng = context.rng
+        if rng is not None:
+            rng = jax.random.fold_in(rng, segment.start + index)
+        here = dataclasses.replace(context, layer=index, rng=rng, taps=sites)
+        hidden, carried, aux = block(layer_params, hidden, segment.layer, here, carried)
+        return (hidden, carried), aux
+
+    unroll = context.runtime.scan_unroll or count
+    body = remat(body, context.runtime.remat)
+    (x, carry), aux = jax.lax.scan(body, (x, carry), (stack, jnp.arange(count)), unroll=unroll)
+    stacked = aux.pop("taps", {})
+    aux["taps"] = {
+        f"layers/{layer}/{site}": stacked[site][layer - segment.start]
+        for site in sites
+        for layer in wanted[site]
+        if layer in here
+    }
+    return x, carry, aux
+
+
+def _until(segments: Iterable[Segment], stop: int) -> list[Segment]:
+    return [segment for segment in segments if segment.start < stop]
+
+
+def _concatenate(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What layers report, by name, concatenated over the segments that report it: `[layers, …]`."""
+    names = sorted({name for report in reports for name in report})
+    return {
+        name: jnp.concatenate([report[name] for report in reports if name in report])
+        for name in names
+    }
+
+
+def _default_positions(shape: tuple[int, ...], cache: Any) -> Array:
+    """Counting from 0, or from what each row of the cache holds: `int32[batch, length]`."""
+    counted = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape[:2])
+    return counted if cache is None else counted + cache.lengths[:, None]
+
+
+def _check_until(until_layer: int | None, config: ModelConfig) -> int:
+    if until_layer is None:
+        return config.num_layers
+    if not 0 <= until_layer <= config.num_layers:
+        raise ValueError(f"until_layer is {until_layer}; the model has {config.num_layers} layers")
+    return until_layer
+
+
+def _check_length(length: int, config: ModelConfig) -> None:
+    if config.positions == "learned" and length > config.max_length:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the {config.max_length} learned "
+            "positions (model.max_length); shorten it or grow the position table"
+        )
+
+
+def _group_taps(taps: Iterable[str], stop: int) -> dict[str, list[int]]:
+    """`{site: [layers]}` of tap names; the embeddings are a site of their own."""
+    wanted: dict[str, list[int]] = {}
+    for name in taps:
+        head, _, rest = name.partition("/")
+        layer, _, site = rest.partition("/")
+        if name == "embeddings":
+            wanted[name] = []
+        elif head != "layers" or not layer.isdigit() or not site:
+            near = nearest(name, ("embeddings", "layers/0/hidden", "layers/0/attention_output"))
+            raise ValueError(
+                f"tap {name!r} is neither 'embeddings' nor 'layers/N/NAME'; like: {near}"
+            )
+        elif int(layer) >= stop:
+            raise ValueError(f"tap {name!r}: only layers 0..{stop - 1} are run")
+        else:
+            wanted.setdefault(site, []).append(int(layer))
+    return wanted

@@ -1,0 +1,62 @@
+"""Norms over the last axis, by name; always computed in float32 and returned in the input's
+dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from model.arrays import ArraySpec, vector
+
+Array = jax.Array
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis (Zhang & Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
+    """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis (Ba et al. 2016)."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    y = centred * inverse * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rms(params: Mapping[str, Array], x: Array, eps: float) -> Array:
+    return rms_norm(x, params["scale"], eps)
+
+
+def _rms_plus_one(params: Mapping[str, Array], x: Array, eps: float) -> Array:
+    return rms_norm(x, 1.0 + params["scale"].astype(jnp.float32), eps)
+
+
+def _layer(params: Mapping[str, Array], x: Array, eps: float) -> Array:
+    return layer_norm(x, params["scale"], params.get("bias"), eps)
+
+
+NORMS: dict[str, Callable[[Mapping[str, Array], Array, float], Array]] = {
+    "rmsnorm": _rms,
+    "rmsnorm_plus_one": _rms_plus_one,
+    "layernorm": _layer,
+    "layernorm_nobias": _layer,
+}
+"""Name -> `norm(params, x, eps)`; "rmsnorm_plus_one" stores its scale minus one (Gemma)."""
+
+
+def arrays(name: str, size: int) -> dict[str, ArraySpec]:
+    """The arrays of the norm `name` over `size` channels."""
+    scale = vector(size, None, init="zeros" if name == "rmsnorm_plus_one" else "ones")
+    return {"scale": scale, "bias": vector(size, None)} if name == "layernorm" else {"scale": scale}
+
+
+def normalise(name: str, params: Mapping[str, Array], x: Array, eps: float) -> Array:
+    """The norm `name` of `x [..., channels]`."""
+    return NORMS[name](params, x, eps)

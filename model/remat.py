@@ -1,0 +1,33 @@
+"""Rematerialisation by name: which activations of a block are kept for the backward pass, and which
+recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+ATTENTION_OUTPUT = "attention_output"
+"""Name under which the attention part marks its output, for policies that keep it."""
+
+_policies = jax.checkpoint_policies
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": _policies.everything_saveable,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_saveable,
+    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
+    "save_attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
+}
+"""Name -> what is kept: everything, nothing, all products, products with a weight, the attention
+outputs.
+"""
+
+
+def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`function` under the policy `policy`; the function itself under "none"."""
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=False)
