@@ -6,6 +6,7 @@ function `constrain` places activations.
 """
 
 from sharding.constraints import constrain
+from sharding.context import context_attention
 from sharding.layout import TABLE, Layout, ShardingConfig, check_heads, make_layout
 from sharding.mesh import AXES, MeshConfig, make_mesh
 from sharding.partition import check_divisible, partition, sharded_init, state_shardings
@@ -21,6 +22,7 @@ __all__ = [
     "check_divisible",
     "check_heads",
     "constrain",
+    "context_attention",
     "make_layout",
     "make_mesh",
     "match_rules",

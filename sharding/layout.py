@@ -46,8 +46,8 @@ class ShardingConfig:
     """Where every array lives.
 
     rules: "model" for the rules that the model brings, "auto" to derive them from names and shapes.
-    zero: what fsdp splits: 3 weights, gradients, optimizer state; 2 not weights; 1 only state; 0 none.
-    weights: changes to the table for weights and activations: (("vocab", ("tensor",)), …).
+    zero: what fsdp splits: 3 weights, gradients and state; 2 gradients and state; 1 state; 0 none.
+    weights: changes to the table for weights and activations, ((logical, mesh axes), …).
     gradients: changes to the table for gradients, made after those for weights.
     optimizer: changes to the table for optimizer state, made after those for gradients.
     extra_rules: (pattern, logical axes) pairs that stand before the model's own rules.
@@ -129,8 +129,8 @@ class Layout:
             for axis in present:
                 if axis in owner:
                     raise ValueError(
-                        f"logical axes {axes} use mesh axis {axis!r} twice (for {owner[axis]!r} and "
-                        f"{logical!r}): an array is split over it once; map one elsewhere"
+                        f"axes {axes} use mesh axis {axis!r} twice (for {owner[axis]!r} and "
+                        f"{logical!r}): an array is split over it once"
                     )
                 owner[axis] = logical
             found.append(present)
