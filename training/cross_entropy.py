@@ -1,0 +1,100 @@
+"""Cross entropy that never holds a one-hot array or a float32 copy of the logits.
+
+The gradient `softmax(logits) - onehot(target)` is one fused pass, because the log-normaliser has
+its own derivative rule and the target's logit is a select-and-sum over the vocabulary (which also
+stays local when the vocabulary is sharded, where a gather would collect it). With a chunk, the head
+itself runs a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Entropy(NamedTuple):
+    """Per token, all float32 in the targets' shape."""
+
+    loss: Array
+    """Nats."""
+    log_z: Array
+    """Log of the softmax normaliser."""
+    correct: Array
+    """1 if the target has the largest logit; 1/n if n logits share that place."""
+
+
+@jax.custom_jvp
+def log_normaliser(logits: Array) -> Array:
+    """`log sum exp` over the last axis in float32: `[..., vocab] -> float32[...]`."""
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1)).astype(jnp.float32)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0)
+    return peak + jnp.log(jnp.sum(jnp.exp(logits.astype(jnp.float32) - peak[..., None]), axis=-1))
+
+
+@log_normaliser.defjvp
+def _log_normaliser_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (logits,), (direction,) = primals, tangents
+    log_z = log_normaliser(logits)
+    softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
+    return log_z, jnp.sum(softmax * direction.astype(jnp.float32), axis=-1)
+
+
+def token_cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0) -> Entropy:
+    """`[..., vocab], int32[...] -> Entropy` of float32 `[...]`.
+
+    With smoothing e the target distribution is (1 - e) onehot + e / vocab, as in torch.
+    """
+    log_z = log_normaliser(logits)
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, dtype=jnp.float32)
+    loss = log_z - chosen
+    if label_smoothing:
+        uniform = log_z - jnp.mean(logits, axis=-1, dtype=jnp.float32)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    return Entropy(loss, log_z, _share_of_first_place(logits, chosen))
+
+
+def head_cross_entropy(
+    head: Callable[[Array], Array],
+    hidden: Array,
+    targets: Array,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> Entropy:
+    """`token_cross_entropy(head(hidden), targets)` with `chunk` tokens' logits alive at one time.
+
+    hidden `[batch, length, d_model]`, targets `int32[batch, length]`. Chunks run along the length,
+    so a sharded batch stays where it is; they are equal, so a length with few divisors gets smaller
+    ones (down to one token a row). Backward computes a chunk's logits again.
+    """
+    batch, length = targets.shape
+    if not chunk or chunk >= batch * length:
+        return token_cross_entropy(head(hidden), targets, label_smoothing)
+    pieces = -(-batch * length // chunk)
+    pieces = next((n for n in range(pieces, length + 1) if length % n == 0), length)
+
+    @jax.checkpoint
+    def one(piece: tuple[Array, Array]) -> Entropy:
+        return token_cross_entropy(head(piece[0]), piece[1], label_smoothing)
+
+    by_piece = jax.lax.map(one, (_split(hidden, pieces), _split(targets, pieces)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), by_piece)
+
+
+def _split(x: Array, pieces: int) -> Array:
+    """`[batch, length, ...] -> [pieces, batch, length / pieces, ...]`."""
+    batch, length, *rest = x.shape
+    return jnp.moveaxis(x.reshape(batch, pieces, length // pieces, *rest), 1, 0)
+
+
+def _share_of_first_place(logits: Array, chosen: Array) -> Array:
+    """Accuracy under random choice among equals, so a head of zeros scores 1/vocab and not 1."""
+    logits, chosen = jax.lax.stop_gradient((logits, chosen))
+    peak = jnp.max(logits, axis=-1)
+    ties = jnp.sum(logits == peak[..., None], axis=-1, dtype=jnp.float32)
+    return jnp.where(chosen >= peak, 1 / jnp.maximum(ties, 1), 0)

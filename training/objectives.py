@@ -1,0 +1,173 @@
+"""What a run minimises (seam 4): a loss over a batch, and how much that batch weighs.
+
+`loss(apply, params, batch, rng, frozen=None) -> (scalar mean, metrics)`, where `apply(params,
+batch, rng)` gives `(logits, aux)`. `weight(batch)` is the number of targets that the mean ran over;
+the step uses it so that a batch cut into micro-batches gives the loss and gradient of the whole
+one. A new kind of run is three functions: see `three_functions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from training.cross_entropy import head_cross_entropy, token_cross_entropy
+
+Array = jax.Array
+Batch = Mapping[str, Any]
+Metrics = dict[str, Array]
+Apply = Callable[[Any, Batch, Array], tuple[Any, Mapping[str, Any]]]
+
+
+def count_targets(batch: Batch) -> Array:
+    """How many targets a batch holds, float32: the sum of `loss_mask`, or its rows if it has
+    none."""
+    if "loss_mask" in batch:
+        return jnp.sum(batch["loss_mask"], dtype=jnp.float32)
+    return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The functions that make a kind of run.
+
+    `loss(apply, params, batch, rng, frozen=None) -> (float32[], metrics)`: mean over the batch's
+    targets. `weight(batch) -> float32[]`: the number of targets it is a mean over.
+    `gradients(apply, params, batch, rng, frozen=None) -> (gradients like params, metrics with
+    "loss")`: only for a method whose gradient is not that of `loss` (private, zeroth-order,
+    quantized). `predict(apply, params, batch, rng) -> pytree of arrays [batch, ...]`. `batch(rows)
+    -> pytree of numpy arrays [batch, ...]`: only where rows are not already batches. `frozen` is
+    whatever references or teachers the run carries; `params` are the leaves that train.
+    """
+
+    loss: Callable[..., tuple[Array, Metrics]]
+    weight: Callable[[Batch], Array] = count_targets
+    gradients: Callable[..., tuple[Any, Metrics]] | None = None
+    predict: Callable[[Apply, Any, Batch, Array], Any] | None = None
+    batch: Callable[[Any], Batch] | None = None
+
+
+def masked_mean(values: Array, mask: Array | None) -> Array:
+    """`sum(values * mask) / sum(mask)` in float32; 0 where the mask is all zero."""
+    if mask is None:
+        return jnp.mean(values, dtype=jnp.float32)
+    mask = mask.astype(jnp.float32)
+    return jnp.sum(jnp.where(mask > 0, values, 0) * mask) / jnp.maximum(jnp.sum(mask), 1e-8)
+
+
+def language_model(
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    auxiliary: tuple[tuple[str, float], ...] = (),
+    chunk: int | None = None,
+) -> Objective:
+    """Next-token cross entropy over `targets` where `loss_mask` is not zero, in float32 nats per
+    token.
+
+    z_loss: coefficient of mean(log Z ^ 2) (PaLM, section 5), Z the softmax normaliser. auxiliary:
+    (name, coefficient) of scalars in `aux["losses"]` (router balance and the like). chunk: tokens
+    whose logits exist at one time, if `apply` gives `(hidden, {"head": hidden -> logits})` in place
+    of logits; see `training.cross_entropy`. Metrics: `loss` (cross entropy alone), `accuracy`,
+    `log_z`, and each auxiliary loss.
+    """
+
+    def loss(apply: Apply, params: Any, batch: Batch, rng: Array, frozen: Any = None):
+        outputs, aux = apply(params, batch, rng)
+        mask = batch.get("loss_mask")
+        if "head" in aux:
+            entropy = head_cross_entropy(
+                aux["head"], outputs, batch["targets"], label_smoothing, chunk
+            )
+        else:
+            entropy = token_cross_entropy(outputs, batch["targets"], label_smoothing)
+        metrics = {
+            "loss": masked_mean(entropy.loss, mask),
+            "accuracy": masked_mean(entropy.correct, mask),
+            "log_z": masked_mean(entropy.log_z, mask),
+        }
+        total = metrics["loss"]
+        if z_loss:
+            total = total + z_loss * masked_mean(jnp.square(entropy.log_z), mask)
+        extra, named = _auxiliary(aux, auxiliary)
+        return total + extra, {**metrics, **named}
+
+    return Objective(loss=loss, predict=_predict_tokens)
+
+
+def classification(label_smoothing: float = 0.0) -> Objective:
+    """Cross entropy of `labels int32[batch]` under logits `[batch, classes]`; `loss_mask [batch]`
+    is optional.
+
+    Metrics: `loss` (nats per example), `accuracy`.
+    """
+
+    def loss(apply: Apply, params: Any, batch: Batch, rng: Array, frozen: Any = None):
+        logits, _ = apply(params, batch, rng)
+        entropy = token_cross_entropy(logits, batch["labels"], label_smoothing)
+        mask = batch.get("loss_mask")
+        mean = masked_mean(entropy.loss, mask)
+        return mean, {"loss": mean, "accuracy": masked_mean(entropy.correct, mask)}
+
+    def predict(apply: Apply, params: Any, batch: Batch, rng: Array) -> Array:
+        return jax.nn.softmax(apply(params, batch, rng)[0].astype(jnp.float32), axis=-1)
+
+    return Objective(loss=loss, predict=predict)
+
+
+def three_functions(
+    batch: Callable[[Any], Batch],
+    loss: Callable[[Apply, Any, Batch, Array], tuple[Array, Metrics]],
+    predict: Callable[[Apply, Any, Batch, Array], Any] | None = None,
+    weight: Callable[[Batch], Array] = count_targets,
+) -> Objective:
+    """A new kind of run from `batch(rows)`, `loss(apply, params, batch, rng)` and `predict(...)`
+    (RedCoast).
+
+    `loss` gives a scalar mean over what `weight(batch)` counts (rows, if the batch has no
+    `loss_mask`) and a dict of scalar metrics. The loop owns sharding, accumulation, precision,
+    checkpoints and random keys.
+    """
+
+    def with_frozen(apply: Apply, params: Any, batch: Batch, rng: Array, frozen: Any = None):
+        return loss(apply, params, batch, rng)
+
+    return Objective(loss=with_frozen, weight=weight, predict=predict, batch=batch)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "language_model": language_model,
+    "classification": classification,
+}
+"""Objective name -> builder; the builder's keywords are the objective's settings."""
+
+
+def _auxiliary(
+    aux: Mapping[str, Any], coefficients: tuple[tuple[str, float], ...]
+) -> tuple[Array, Metrics]:
+    """The weighted sum of `aux["losses"]`, and each of those by name."""
+    losses = aux.get("losses", {})
+    for name, _ in coefficients:
+        if name not in losses:
+            raise ValueError(
+                f"objective asks for the auxiliary loss {name!r}, which the model does not give; "
+                f"it gives {sorted(losses) or 'none'}"
+            )
+    total = jnp.float32(0)
+    for name, coefficient in coefficients:
+        total = total + coefficient * losses[name].astype(jnp.float32)
+    return total, dict(losses)
+
+
+def _predict_tokens(apply: Apply, params: Any, batch: Batch, rng: Array) -> dict[str, Array]:
+    """`token int32[batch, length]`, the likeliest next one, and `log_probability` of the targets,
+    float32."""
+    outputs, aux = apply(params, batch, rng)
+    logits = aux["head"](outputs) if "head" in aux else outputs
+    return {
+        "token": jnp.argmax(logits, axis=-1),
+        "log_probability": -token_cross_entropy(logits, batch["targets"]).loss,
+    }

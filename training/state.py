@@ -1,0 +1,125 @@
+"""Everything that a step changes, as one pytree; made in place on its devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sharding import Layout, Rule, partition, state_shardings
+from training.averaging import start_average
+from training.trainable import Predicate, everything, map_leaves, split_trainable
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint must hold, beside the data cursor, for a run to go on bit for bit.
+
+    params: all parameters, float32 masters where they train. opt_state: the optimizer's, for
+    trainable leaves only. step: int32[], steps taken, skipped ones included. skipped: int32[],
+    updates refused as not finite. rng: uint32 key data of the run's seed, constant; a step folds
+    its number in. ema: averages of trainable leaves (None where frozen), or None.
+    """
+
+    params: Any
+    opt_state: Any
+    step: Array
+    skipped: Array
+    rng: Array
+    ema: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """NamedShardings of a run's state and of its gradients (None where frozen)."""
+
+    state: TrainState
+    gradients: Any
+    layout: Layout
+
+
+def new_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    rng: Array,
+    trainable: Predicate = everything,
+    ema: bool = False,
+) -> TrainState:
+    """The state before the first step; `rng` is the key that steps fold their number into."""
+    ours, _ = split_trainable(params, trainable)
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(ours),
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        rng=jax.random.key_data(rng),
+        ema=start_average(ours) if ema else None,
+    )
+
+
+def init_state(
+    init_params: Callable[[Array], Any],
+    optimizer: optax.GradientTransformation,
+    rng: Array,
+    trainable: Predicate = everything,
+    ema: bool = False,
+    placement: Placement | None = None,
+) -> TrainState:
+    """`init_params(key)` and its state, compiled so that each device makes only its own part."""
+    for_params, for_steps = jax.random.split(rng)
+
+    def build(for_params: Array, for_steps: Array) -> TrainState:
+        return new_state(init_params(for_params), optimizer, for_steps, trainable, ema)
+
+    shardings = None if placement is None else placement.state
+    return jax.jit(build, out_shardings=shardings)(for_params, for_steps)
+
+
+def abstract_state(
+    abstract_params: Any,
+    optimizer: optax.GradientTransformation,
+    trainable: Predicate = everything,
+    ema: bool = False,
+) -> TrainState:
+    """The state's shapes and dtypes, with nothing allocated."""
+    return jax.eval_shape(
+        lambda params: new_state(params, optimizer, jax.random.key(0), trainable, ema),
+        abstract_params,
+    )
+
+
+def place(
+    abstract: TrainState,
+    rules: Iterable[Rule],
+    layout: Layout,
+    trainable: Predicate = everything,
+) -> Placement:
+    """Shardings of a state and its gradients by the table's roles: weights, gradients, optimizer.
+
+    Moments and averages go where the table puts their parameter's optimizer state; counters are on
+    every device.
+    """
+    rules = tuple(rules)
+    weights, gradients, moments = (
+        partition(abstract.params, rules, layout, role=role)
+        for role in ("weights", "gradients", "optimizer")
+    )
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    state = TrainState(
+        params=weights,
+        opt_state=state_shardings(abstract.opt_state, abstract.params, moments),
+        step=everywhere,
+        skipped=everywhere,
+        rng=everywhere,
+        ema=state_shardings(abstract.ema, abstract.params, moments),
+    )
+    ours = map_leaves(lambda path, sharding: sharding if trainable(path) else None, gradients)
+    return Placement(state, ours, layout)

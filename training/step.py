@@ -1,0 +1,220 @@
+"""One training step, compiled: gradients over micro-batches, clipping, update, average, metrics.
+
+The update is refused inside the step when the loss, the gradient or the update is not finite, so a
+poisoned update is never applied and nothing has to be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from training.averaging import update_average
+from training.objectives import Apply, Metrics, Objective
+from training.schedules import Schedule
+from training.state import Placement, TrainState
+from training.trainable import Predicate, everything, merge, split_trainable
+
+Array = jax.Array
+Step = Callable[..., tuple[TrainState, Metrics]]
+NONFINITE = ("skip", "propagate")
+
+
+def make_step(
+    objective: Objective,
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    accumulation: int = 1,
+    clip_norm: float | None = None,
+    trainable: Predicate = everything,
+    ema_decay: float | None = None,
+    nonfinite: str = "skip",
+    placement: Placement | None = None,
+) -> Step:
+    """Jitted `step(state, batch, frozen=None) -> (state, metrics)`; the state given is donated.
+
+    The batch's arrays are `[batch, ...]`; with accumulation they are cut into as many
+    micro-batches, each weighted by its own number of targets, which gives the loss and gradient of
+    the whole. Metrics, float32 scalars: all of the objective's, `loss`, `tokens` (targets),
+    `learning_rate`, `grad_norm` (before clipping), `update_norm`, `param_norm` (after the update),
+    `nonfinite` (1 if this step was not finite).
+    """
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite is {nonfinite!r}: give one of {', '.join(NONFINITE)}")
+    if accumulation < 1:
+        raise ValueError(f"accumulation is {accumulation}: it must be at least 1")
+
+    def step(
+        state: TrainState, batch: Mapping[str, Any], frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        ours, others = split_trainable(state.params, trainable)
+        gradients, metrics = batch_gradients(
+            objective,
+            lambda params, batch, rng: apply(merge(params, others), batch, rng),
+            ours,
+            micro_batches(batch, accumulation, placement),
+            jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
+            frozen,
+            None if placement is None else placement.gradients,
+        )
+        value, rate = metrics.pop("objective"), jnp.asarray(schedule(state.step), jnp.float32)
+        old = (ours, state.opt_state, state.ema)
+        new, norms = _update(optimizer, gradients, old, rate, clip_norm, ema_decay)
+        finite = jnp.isfinite(value) & jnp.isfinite(norms["grad_norm"] + norms["update_norm"])
+        if nonfinite == "skip":
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        refused = ~finite if nonfinite == "skip" else jnp.bool_(False)
+        ours, opt_state, ema = new
+        params = merge(ours, others)
+        state = TrainState(
+            params, opt_state, state.step + 1, state.skipped + refused, state.rng, ema
+        )
+        return state, {
+            **metrics,
+            **norms,
+            "learning_rate": rate,
+            "param_norm": global_norm(ours),
+            "nonfinite": (~finite).astype(jnp.float32),
+        }
+
+    shardings = None if placement is None else (placement.state, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def batch_gradients(
+    objective: Objective,
+    apply: Apply,
+    params: Any,
+    micro: Mapping[str, Any],
+    rng: Array,
+    frozen: Any = None,
+    shardings: Any = None,
+) -> tuple[Any, Metrics]:
+    """Gradient and metrics of a batch cut into micro-batches `[accumulation, micro, ...]`.
+
+    With weights w_i the loss is sum w_i loss_i / sum w_i, exactly that of one large batch. Metrics
+    are averaged the same way; `tokens` is sum w_i and `objective` the minimised value.
+    """
+    weights = jax.vmap(objective.weight)(micro)
+    total = jnp.sum(weights)
+    shares = weights / jnp.maximum(total, 1e-8)
+
+    def one(share: Array, batch: Any, rng: Array) -> tuple[Any, Metrics]:
+        gradients, metrics = _gradients(objective, apply, params, batch, rng, frozen, share)
+        return _constrain(gradients, shardings), metrics
+
+    count = weights.shape[0]
+    if count == 1:
+        gradients, metrics = one(jnp.float32(1), jax.tree.map(lambda x: x[0], micro), rng)
+        return gradients, {**metrics, "tokens": total}
+
+    def body(sums: Any, piece: tuple[Array, Any, Array]) -> tuple[Any, Metrics]:
+        share, batch, index = piece
+        gradients, metrics = one(share, batch, jax.random.fold_in(rng, index))
+        sums = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), sums, gradients)
+        return sums, jax.tree.map(lambda value: share * value, metrics)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    gradients, metrics = jax.lax.scan(
+        body, _constrain(zeros, shardings), (shares, micro, jnp.arange(count))
+    )
+    return gradients, {**jax.tree.map(jnp.sum, metrics), "tokens": total}
+
+
+def micro_batches(
+    batch: Mapping[str, Any], accumulation: int, placement: Placement | None = None
+) -> dict[str, Any]:
+    """`[batch, ...] -> [accumulation, batch / accumulation, ...]` for every array.
+
+    Micro-batch i holds rows i, i + accumulation, …: so each device cuts its own rows, and none
+    moves.
+    """
+    spec = None
+    if placement is not None:
+        axes = tuple(placement.layout.spec(("batch",)))
+        spec = (None, axes[0] if axes else None)
+
+    def cut(x: Array) -> Array:
+        rows = x.shape[0]
+        if rows % accumulation:
+            raise ValueError(
+                f"a batch of {rows} rows can't be cut into {accumulation} equal micro-batches; "
+                f"make the batch size a multiple of accumulation"
+            )
+        x = jnp.moveaxis(x.reshape(rows // accumulation, accumulation, *x.shape[1:]), 1, 0)
+        if placement is None or spec is None or accumulation == 1:
+            return x
+        rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(placement.layout.mesh, PartitionSpec(*spec, *rest))
+        )
+
+    return jax.tree.map(cut, dict(batch))
+
+
+def global_norm(tree: Any) -> Array:
+    """Root of the sum of squares over all arrays, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    gradients: Any,
+    old: tuple[Any, Any, Any],
+    rate: Array,
+    clip_norm: float | None,
+    ema_decay: float | None,
+) -> tuple[tuple[Any, Any, Any], Metrics]:
+    """`(parameters, optimizer state, average)` after one update, and the norms before and of it."""
+    params, opt_state, ema = old
+    grad_norm = global_norm(gradients)
+    if clip_norm is not None:
+        factor = jnp.minimum(1, clip_norm / jnp.maximum(grad_norm, 1e-16))
+        gradients = jax.tree.map(lambda g: g * factor, gradients)
+    direction, opt_state = optimizer.update(gradients, opt_state, params)
+    norms = {"grad_norm": grad_norm, "update_norm": rate * global_norm(direction)}
+    params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), params, direction)
+    if ema_decay is not None:
+        ema = update_average(ema, params, ema_decay)
+    return (params, opt_state, ema), norms
+
+
+def _gradients(
+    objective: Objective,
+    apply: Apply,
+    params: Any,
+    batch: Any,
+    rng: Array,
+    frozen: Any,
+    share: Array,
+) -> tuple[Any, Metrics]:
+    """Gradients times `share`, and metrics with `loss` and `objective`."""
+    if objective.gradients is not None:
+        gradients, metrics = objective.gradients(apply, params, batch, rng, frozen=frozen)
+        gradients = jax.tree.map(lambda g: share * g, gradients)
+        return gradients, {"objective": metrics["loss"], **metrics}
+
+    def value(params: Any) -> tuple[Array, Metrics]:
+        loss, metrics = objective.loss(apply, params, batch, rng, frozen=frozen)
+        if jnp.shape(loss) != ():
+            raise ValueError(
+                f"the objective's loss has shape {jnp.shape(loss)}: "
+                "it must be one scalar, the mean over targets"
+            )
+        return share * loss, {"loss": loss, **metrics, "objective": loss}
+
+    (_, metrics), gradients = jax.value_and_grad(value, has_aux=True)(params)
+    return gradients, metrics
+
+
+def _constrain(gradients: Any, shardings: Any) -> Any:
+    if shardings is None:
+        return gradients
+    return jax.tree.map(jax.lax.with_sharding_constraint, gradients, shardings)
