@@ -20,9 +20,11 @@ def make_evaluation_step(objective: Objective, apply: Apply) -> EvaluationStep:
     """Jitted `step(params, batch, frozen=None) -> {metric: sum over targets, "tokens":
     targets}`."""
 
+    def still(params: Any, batch: Mapping[str, Any], rng: Array | None) -> Any:
+        return apply(params, batch, None)
+
     def step(params: Any, batch: Mapping[str, Any], frozen: Any = None) -> dict[str, Array]:
-        rng = jax.random.key(0)
-        loss, metrics = objective.loss(apply, params, batch, rng, frozen=frozen)
+        loss, metrics = objective.loss(still, params, batch, jax.random.key(0), frozen=frozen)
         weight = objective.weight(batch)
         sums = {name: weight * value for name, value in {"loss": loss, **metrics}.items()}
         return {**sums, "tokens": weight}

@@ -67,7 +67,7 @@ def per_layer(
             lambda path, p: jax.vmap(inner.init)(p) if stacked(path) else inner.init(p), params
         )
 
-    def one(path: str, update: jax.Array, state: Any, param: jax.Array) -> tuple[jax.Array, Any]:
+    def one(path: str, update: jax.Array, state: Any, param: jax.Array) -> Any:
         return (jax.vmap(inner.update) if stacked(path) else inner.update)(update, state, param)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -61,7 +61,7 @@ def scale_by_muon(
             return math.sqrt(max(1, columns / rows))
         return update_rms * math.sqrt(max(rows, columns))
 
-    def update_fn(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         def average(m: Array, g: Array) -> Array:
             return momentum * m + (1 - momentum) * g
 

@@ -20,7 +20,8 @@ from training.cross_entropy import head_cross_entropy, token_cross_entropy
 Array = jax.Array
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
-Apply = Callable[[Any, Batch, Array], tuple[Any, Mapping[str, Any]]]
+Apply = Callable[[Any, Batch, Array | None], tuple[Any, Mapping[str, Any]]]
+"""`(params, batch, key for dropout, or None for none) -> (logits, aux)`."""
 
 
 def count_targets(batch: Batch) -> Array:
@@ -69,10 +70,10 @@ def language_model(
     token.
 
     z_loss: coefficient of mean(log Z ^ 2) (PaLM, section 5), Z the softmax normaliser. auxiliary:
-    (name, coefficient) of scalars in `aux["losses"]` (router balance and the like). chunk: tokens
-    whose logits exist at one time, if `apply` gives `(hidden, {"head": hidden -> logits})` in place
-    of logits; see `training.cross_entropy`. Metrics: `loss` (cross entropy alone), `accuracy`,
-    `log_z`, and each auxiliary loss.
+    (name, coefficient) of what the layers report in `aux` (router balance and the like), summed
+    over layers. chunk: tokens whose logits exist at one time, if `apply` gives `(hidden, {"head":
+    hidden -> logits})` in place of logits; see `training.cross_entropy`. Metrics: `loss` (cross
+    entropy alone), `accuracy`, `log_z`, and each auxiliary loss.
     """
 
     def loss(apply: Apply, params: Any, batch: Batch, rng: Array, frozen: Any = None):
@@ -148,18 +149,17 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 def _auxiliary(
     aux: Mapping[str, Any], coefficients: tuple[tuple[str, float], ...]
 ) -> tuple[Array, Metrics]:
-    """The weighted sum of `aux["losses"]`, and each of those by name."""
-    losses = aux.get("losses", {})
-    for name, _ in coefficients:
-        if name not in losses:
-            raise ValueError(
-                f"objective asks for the auxiliary loss {name!r}, which the model does not give; "
-                f"it gives {sorted(losses) or 'none'}"
-            )
-    total = jnp.float32(0)
+    """The weighted sum of the auxiliary losses, and each by name; `[layers]` ones are summed."""
+    total, named = jnp.float32(0), {}
     for name, coefficient in coefficients:
-        total = total + coefficient * losses[name].astype(jnp.float32)
-    return total, dict(losses)
+        if name not in aux:
+            raise ValueError(
+                f"the objective asks for the auxiliary loss {name!r}, which the model does not "
+                f"give; it gives {', '.join(sorted(aux)) or 'none'}"
+            )
+        named[name] = jnp.sum(aux[name], dtype=jnp.float32)
+        total = total + coefficient * named[name]
+    return total, named
 
 
 def _predict_tokens(apply: Apply, params: Any, batch: Batch, rng: Array) -> dict[str, Array]:

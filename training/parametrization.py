@@ -1,9 +1,9 @@
 """Learning-rate and weight-decay multipliers by path, as transforms that chain with any optimizer;
 and μP by them.
 
-The multipliers stand beside the sharding rules (`Rule.learning_rate`, `Rule.weight_decay`), the
-initial scale too (`Rule.scale`); the multipliers of the forward pass are fields of the model's
-config.
+They stand beside the sharding rules (`Rule.learning_rate`, `Rule.weight_decay`), where muP puts the
+width's share: `model.mup` gives a config whose rules carry it, with the initial scales and the
+multipliers of the forward pass.
 """
 
 from __future__ import annotations
@@ -75,30 +75,6 @@ def scale_learning_rates(table: Mapping[str, Multipliers]) -> optax.GradientTran
         return update if factor == 1 else factor * update
 
     return _stateless(scale)
-
-
-def mup_rules(
-    rules: Iterable[Rule], width_ratio: float, keep_decay: bool = False
-) -> tuple[Rule, ...]:
-    """μP for hidden matrices, r = d_model / base width: initial std / sqrt(r), learning rate / r
-    (MiniCPM, table 7).
-
-    Embeddings, vectors and the head keep theirs; the head's 1 / r belongs to the forward pass.
-    `keep_decay` multiplies their weight decay by r, so that decay per step does not shrink with the
-    width.
-    """
-
-    def widen(rule: Rule) -> Rule:
-        if "layers/" not in rule.pattern or len(rule.axes) < 2:
-            return rule
-        return dataclasses.replace(
-            rule,
-            scale=rule.scale / width_ratio**0.5,
-            learning_rate=rule.learning_rate / width_ratio,
-            weight_decay=rule.weight_decay * (width_ratio if keep_decay else 1.0),
-        )
-
-    return tuple(widen(rule) for rule in rules)
 
 
 def _first_match(rules: tuple[Rule, ...], path: str) -> Rule | None:

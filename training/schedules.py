@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from weights import nearest
 
 Array = jax.Array
-Schedule = Callable[[Array | int], Array]
+Schedule = Callable[[Any], Array]
+"""`step (int or array) -> float32[]`."""
 Shape = Callable[[Array], Array]
 
 
@@ -102,7 +104,7 @@ def wsd(config: ScheduleConfig, steps: int) -> Schedule:
     warmup, decay = duration(config.warmup, steps, "warmup"), duration(config.decay, steps, "decay")
     if warmup + decay > steps:
         raise ValueError(
-            f"schedule: warm-up of {warmup} and decay of {decay} steps don't fit in a run of {steps}; "
+            f"schedule: warm-up of {warmup} and decay of {decay} steps don't fit in {steps}; "
             "shorten schedule.warmup or schedule.decay (below 1 they are fractions of the run)"
         )
     if config.shape == "exponential":

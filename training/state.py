@@ -31,9 +31,9 @@ class TrainState:
 
     params: Any
     opt_state: Any
-    step: Array
-    skipped: Array
-    rng: Array
+    step: Any
+    skipped: Any
+    rng: Any
     ema: Any = None
 
 
