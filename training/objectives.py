@@ -25,8 +25,7 @@ Apply = Callable[[Any, Batch, Array | None], tuple[Any, Mapping[str, Any]]]
 
 
 def count_targets(batch: Batch) -> Array:
-    """How many targets a batch holds, float32: the sum of `loss_mask`, or its rows if it has
-    none."""
+    """Targets in a batch, float32: the sum of `loss_mask`, or the rows where there is none."""
     if "loss_mask" in batch:
         return jnp.sum(batch["loss_mask"], dtype=jnp.float32)
     return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
@@ -36,13 +35,14 @@ def count_targets(batch: Batch) -> Array:
 class Objective:
     """The functions that make a kind of run.
 
-    `loss(apply, params, batch, rng, frozen=None) -> (float32[], metrics)`: mean over the batch's
-    targets. `weight(batch) -> float32[]`: the number of targets it is a mean over.
-    `gradients(apply, params, batch, rng, frozen=None) -> (gradients like params, metrics with
-    "loss")`: only for a method whose gradient is not that of `loss` (private, zeroth-order,
-    quantized). `predict(apply, params, batch, rng) -> pytree of arrays [batch, ...]`. `batch(rows)
-    -> pytree of numpy arrays [batch, ...]`: only where rows are not already batches. `frozen` is
-    whatever references or teachers the run carries; `params` are the leaves that train.
+    loss: `(apply, params, batch, rng, frozen=None) -> (float32[], metrics)`, mean over targets.
+    weight: `batch -> float32[]`, the number of targets that it is a mean over.
+    gradients: `(apply, params, batch, rng, frozen=None) -> (tree like params, metrics with "loss")`,
+        for a method whose gradient is not that of `loss` (private, zeroth-order, quantized).
+    predict: `(apply, params, batch, rng) -> arrays [batch, ...]`.
+    batch: `rows -> arrays [batch, ...]`, where rows are not batches already.
+
+    `params` are the leaves that train; `frozen` is what references or teachers the run carries.
     """
 
     loss: Callable[..., tuple[Array, Metrics]]
@@ -66,14 +66,15 @@ def language_model(
     auxiliary: tuple[tuple[str, float], ...] = (),
     chunk: int | None = None,
 ) -> Objective:
-    """Next-token cross entropy over `targets` where `loss_mask` is not zero, in float32 nats per
-    token.
+    """Next-token cross entropy over `targets` where `loss_mask` is not 0, in nats per token.
 
-    z_loss: coefficient of mean(log Z ^ 2) (PaLM, section 5), Z the softmax normaliser. auxiliary:
-    (name, coefficient) of what the layers report in `aux` (router balance and the like), summed
-    over layers. chunk: tokens whose logits exist at one time, if `apply` gives `(hidden, {"head":
-    hidden -> logits})` in place of logits; see `training.cross_entropy`. Metrics: `loss` (cross
-    entropy alone), `accuracy`, `log_z`, and each auxiliary loss.
+    z_loss: coefficient of mean(log Z ^ 2), Z the softmax normaliser (PaLM, section 5).
+    label_smoothing: share of the target distribution that is uniform over the vocabulary.
+    auxiliary: (name, coefficient) of what layers report in `aux`, summed over layers.
+    chunk: tokens whose logits exist at one time, for an `apply` that gives its head apart
+        (`training.decoders`).
+
+    Metrics: `loss` (cross entropy alone), `accuracy`, `log_z`, and each auxiliary loss.
     """
 
     def loss(apply: Apply, params: Any, batch: Batch, rng: Array, frozen: Any = None):

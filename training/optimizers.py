@@ -27,19 +27,21 @@ Link = optax.GradientTransformation
 class OptimizerConfig:
     """Which optimizer, and its settings.
 
-    name: adamw, adafactor, lion, lamb, muon or sgd. learning_rate: peak of the schedule.
-    weight_decay: decoupled; each step subtracts learning rate * weight_decay * parameter. decay:
-    patterns of the paths that decay; None: every matrix (kernels and embedding tables), no vector.
-    b1: decay of the first moment; None: 0.9 (also Lion's interpolation). b2: decay of the second
-    moment; None: 0.95 for adamw and muon's AdamW, 0.999 for lamb, 0.99 for lion. eps: added to the
-    root of the second moment; None: 1e-8, or 1e-6 for lamb. momentum: of muon and sgd; None: 0.95
-    for muon, 0.9 for sgd. nesterov: Nesterov momentum in muon and sgd. update_rms: muon: root mean
-    square of an update in units of the learning rate; None: Jordan's scale by shape. matrices:
-    muon: patterns of the paths it orthogonalises; None: the matrices under layers/. clip_threshold:
-    adafactor: largest root mean square of an update before scaling. factor_from: adafactor: least
-    size of both sides of a matrix whose second moment is factored. moment_dtype: type that first
-    moments are stored in, float32 or bfloat16. learning_rates: pairs of (path pattern, multiplier
-    of the learning rate).
+    name: adamw, adafactor, lion, lamb, muon or sgd.
+    learning_rate: peak of the schedule.
+    weight_decay: decoupled; a step subtracts learning rate * weight_decay * parameter.
+    decay: patterns of the paths that decay; None: all matrices, embedding tables included.
+    b1: decay of the first moment; None: 0.9.
+    b2: decay of the second moment; None: 0.95 for adamw and muon, 0.999 for lamb, 0.99 for lion.
+    eps: added to the root of the second moment; None: 1e-8, or 1e-6 for lamb.
+    momentum: of muon and sgd; None: 0.95 for muon, 0.9 for sgd.
+    nesterov: Nesterov momentum in muon and sgd.
+    update_rms: muon: size of an update per unit of learning rate; None: Jordan's scale by shape.
+    matrices: muon: patterns of the paths it orthogonalises; None: all matrices under layers/.
+    clip_threshold: adafactor: largest root mean square of an update before it is scaled.
+    factor_from: adafactor: a matrix with both sides at least this long has a factored moment.
+    moment_dtype: type that first moments are stored in, float32 or bfloat16.
+    learning_rates: pairs of (path pattern, multiplier of the learning rate).
     """
 
     name: str = "adamw"

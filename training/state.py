@@ -23,10 +23,12 @@ Array = jax.Array
 class TrainState:
     """What a checkpoint must hold, beside the data cursor, for a run to go on bit for bit.
 
-    params: all parameters, float32 masters where they train. opt_state: the optimizer's, for
-    trainable leaves only. step: int32[], steps taken, skipped ones included. skipped: int32[],
-    updates refused as not finite. rng: uint32 key data of the run's seed, constant; a step folds
-    its number in. ema: averages of trainable leaves (None where frozen), or None.
+    params: all parameters; those that train are float32 masters.
+    opt_state: the optimizer's, for trainable leaves only.
+    step: int32[], steps taken, the refused ones included.
+    skipped: int32[], updates refused because something was not finite.
+    rng: key data of the run's seed, uint32; constant, a step folds its number in.
+    ema: averages of the trainable leaves, float32 (None where frozen); or None.
     """
 
     params: Any
