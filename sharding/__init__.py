@@ -7,6 +7,13 @@ function `constrain` places activations.
 
 from sharding.constraints import constrain
 from sharding.context import context_attention
+from sharding.distributed import (
+    Processes,
+    global_array,
+    global_batch,
+    initialize_distributed,
+    rows_of_process,
+)
 from sharding.layout import TABLE, Layout, ShardingConfig, check_heads, make_layout
 from sharding.mesh import AXES, MeshConfig, make_mesh
 from sharding.partition import check_divisible, partition, sharded_init, state_shardings
@@ -17,17 +24,22 @@ __all__ = [
     "TABLE",
     "Layout",
     "MeshConfig",
+    "Processes",
     "Rule",
     "ShardingConfig",
     "check_divisible",
     "check_heads",
     "constrain",
     "context_attention",
+    "global_array",
+    "global_batch",
+    "initialize_distributed",
     "make_layout",
     "make_mesh",
     "match_rules",
     "partition",
     "prefixed",
+    "rows_of_process",
     "rules_table",
     "sharded_init",
     "state_shardings",

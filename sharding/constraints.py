@@ -18,7 +18,7 @@ def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
     (one token of a decoding step over `context`, say) is kept whole: a constraint places values, it
     never changes them.
     """
-    if layout is None or layout.mesh.devices.size == 1:
+    if layout is None or layout.mesh.size == 1:
         return x
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")

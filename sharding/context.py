@@ -99,7 +99,7 @@ def _local(
 
 
 def _own_kv_heads(q: Array, k: Array, v: Array, layout: Layout) -> tuple[Array, Array]:
-    """The key and value heads of this device's query heads, where only queries are split by heads."""
+    """Keys and values of this device's query heads, where only queries are split by heads."""
     heads = q.shape[2]
     group = heads * layout.size("heads") // k.shape[2]
     first = jax.lax.axis_index(axis_names(layout.spec(("heads",))[0])) * heads
@@ -140,7 +140,8 @@ def _all_gather(
     gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
     queries, keys = _split(where)
     k, v, keys = jax.tree.map(gather, (k, v, keys))
-    return block(q, slopes, k, v, {**queries, **keys})[0].astype(q.dtype)
+    out, _ = block(q, slopes, k, v, {**queries, **keys})
+    return out.astype(q.dtype)
 
 
 def _ring_attention(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import AXES, show_sizes
 from sharding.rules import Axes
@@ -178,7 +178,7 @@ def check_heads(layout: Layout, num_heads: int, kv_heads: int) -> Layout:
     return layout
 
 
-def suggest_mesh(mesh: Mesh, needs: list[tuple[int, tuple[str, ...]]]) -> str:
+def suggest_mesh(mesh: Mesh | AbstractMesh, needs: list[tuple[int, tuple[str, ...]]]) -> str:
     """A mesh near this one that divides every (size, mesh axes); `data` takes the freed devices."""
     sizes = dict(mesh.shape)
     for size, axes in needs:
@@ -186,7 +186,7 @@ def suggest_mesh(mesh: Mesh, needs: list[tuple[int, tuple[str, ...]]]) -> str:
             rest = math.prod(sizes[other] for other in axes if other != axis)
             if size % (rest * sizes[axis]):
                 sizes[axis] = math.gcd(size // rest if size % rest == 0 else 1, sizes[axis])
-    freed = mesh.devices.size // math.prod(sizes.values())
+    freed = mesh.size // math.prod(sizes.values())
     filler = "data" if "data" in sizes else next(iter(sizes))
     return show_sizes({**sizes, filler: sizes[filler] * freed})
 
