@@ -107,7 +107,11 @@ def check_arrays(
 
 def _describe(leaf: Any, cast: bool) -> str:
     shape = str(list(np.shape(leaf)))
-    return shape if cast else f"{getattr(leaf, 'dtype', np.asarray(leaf).dtype)}{shape}"
+    return shape if cast else f"{_dtype(leaf)}{shape}"
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
 def _first(names: list[str], count: int = 3) -> str:
@@ -118,7 +122,7 @@ def _first(names: list[str], count: int = 3) -> str:
 def _restore_argument(leaf: Any) -> ocp.RestoreArgs:
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) or _on_own_device(sharding):
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.asarray(leaf).dtype)
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=_dtype(leaf))
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 

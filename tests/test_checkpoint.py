@@ -11,8 +11,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from save_worker import equal
 
 import weights.serial
 from model import checkpoint_folder as folders
@@ -61,15 +61,6 @@ class Scaled:
 
     def specs(self, spec):
         return Scaled(spec, jax.sharding.PartitionSpec(), self.bits)
-
-
-def equal(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True
-    ):
-        assert a.dtype == b.dtype, path
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
 
 
 def test_a_model_comes_back_with_its_config_files_and_provenance(tmp_path):
