@@ -1,7 +1,7 @@
 """Everything between files that somebody has and the batch a step sees.
 
-`build(config)` gives a `Dataset`: `dataset.train.batch_at(step)` is the batch of any step, on any number of hosts, and
-`python -m data show --config=… --step=N` prints the documents behind it.
+`build(config)` gives a `Dataset`: `dataset.train.batch_at(step)` is the batch of any step, on any
+number of hosts, and `python -m data show --config=… --step=N` prints the documents behind it.
 """
 
 from data.config import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig, from_mapping
@@ -9,8 +9,9 @@ from data.dataset import Dataset, build
 from data.loader import BatchIterator, Loader, Origin, ValidationLoader
 from data.order import Mixture, Order, Phase, permute, unpermute
 from data.packing import Spans, make_plan
+from data.record import check_resume
 from data.sources import BadRowError, Row, Source, SourceError, open_source
-from data.store import StoreOptions, TokenStore, tokenize
+from data.store import StoreOptions, TokenStore
 from data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -19,6 +20,7 @@ from data.tokenizers import (
     Tokenizer,
     load_tokenizer,
 )
+from data.tokenizing import tokenize
 
 __all__ = [
     "BadRowError",
@@ -46,6 +48,7 @@ __all__ = [
     "TokenizerConfig",
     "ValidationLoader",
     "build",
+    "check_resume",
     "from_mapping",
     "load_tokenizer",
     "make_plan",

@@ -1,4 +1,4 @@
-"""What a run reads, as frozen dataclasses: sources, tokenizer, windows, mixture, validation, loading."""
+"""What a run reads, as frozen dataclasses: sources, tokenizer, windows, mixture, validation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _positive(name: str, value: int) -> None:
 class TokenizerConfig:
     """How text becomes ids.
 
-    kind: bytes (256 + specials), characters (vocabulary from the text), bpe (trained on the text) or file.
+    kind: bytes, characters (vocabulary from the text), bpe (trained on the text) or file.
     path: for kind=file, a Hugging Face tokenizer.json or the folder that holds one.
     vocab_size: for kind=bpe, entries to train, special tokens included.
     train_bytes: for kind=bpe, how much text it is trained on, spread over the files.
@@ -76,7 +76,7 @@ class SourceConfig:
 class PhaseConfig:
     """A stretch of training with mixture weights of its own.
 
-    steps: how many steps it lasts; 0 takes tokens, and the last phase may leave both 0 to last to the end.
+    steps: how many steps it lasts; 0 takes tokens, and the last phase may leave both 0.
     tokens: the same in tokens, rounded to whole steps.
     weights: one weight a source, in the order of data.sources.
     """
@@ -108,10 +108,10 @@ class DataConfig:
     shift: for concat_split, move the cuts by a random offset in each epoch after the first.
     shuffle: draw windows in random order.
     seed: of the order of documents and windows.
-    max_epochs: passes over a source that are allowed; more is an error before the first step. 0 allows any.
+    max_epochs: passes over a source that are allowed, more is an error at start; 0 allows any.
     validation_path: text to validate on, in place of a part held out.
     validation_fraction: part of the text held out for validation where there is no validation_path.
-    validation_split: hash holds out whole documents by their content, tail the last part of the text.
+    validation_split: hash holds out whole documents by content, tail the last part of the text.
     workers: processes that make batches; 0 makes them in a thread of the training process.
     prefetch: batches made ahead of the step.
     cache_dir: where tokens are kept; empty lets the caller choose, or ~/.cache/sheaf.
@@ -198,7 +198,7 @@ class DataConfig:
 
 
 def from_mapping(cls: type, mapping: Mapping[str, Any], prefix: str = "data") -> Any:
-    """A config dataclass from nested mappings (a ConfigDict, a JSON object); unknown fields are errors."""
+    """A config dataclass from nested mappings (a ConfigDict, JSON); unknown fields are errors."""
     hints = get_type_hints(cls)
     fields = {}
     for name in mapping:
@@ -210,7 +210,7 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], prefix: str = "data") ->
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
         return from_mapping(hint, value, where)
     if getattr(hint, "__origin__", None) is tuple:
         inner = get_args(hint)[0]

@@ -1,9 +1,10 @@
-"""From (config, step) to a batch: random access, so the whole state of loading is one integer, the next step.
+"""From (config, step) to a batch: the whole state of loading is one integer, the next step.
 
-A batch is a dict of arrays over the global batch, or over the rows a host owns:
-`tokens`, `targets`, `segment_ids`, `positions` int32 [batch, length], `loss_mask` float32 [batch, length] and `source_id`
-int32 [batch]. Segment 0 is padding, documents of a window are 1, 2, …; positions restart in each. Which rows a host
-asks for, and how many workers make them, changes nothing in a row. Grain runs the workers and the prefetching.
+A batch is a dict of arrays over the global batch, or over the rows a host owns: `tokens`,
+`targets`, `segment_ids`, `positions` int32 [batch, length], `loss_mask` float32 [batch, length]
+and `source_id` int32 [batch]. Segment 0 is padding, documents of a window are 1, 2, …; positions
+restart in each. Which rows a host asks for, and how many workers make them, changes nothing in a
+row. Grain runs the workers and the prefetching.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a row of a batch came from; `pieces` are `(file, row in file, token start, token stop)`."""
+    """Where a row of a batch came from; a piece is `(file, row in file, token start, stop)`."""
 
     row: int
     source: str
@@ -99,7 +100,9 @@ class _Loader:
         return origins
 
     def iterate(self, start_step: int = 0, rows: Rows = None, stop: int = NO_END) -> BatchIterator:
-        """Batches of steps `start_step`, `start_step + 1`, …, made ahead by a thread or by `workers` processes."""
+        """Batches of steps from `start_step` on, made ahead by a thread or by `workers`
+        processes.
+        """
         return BatchIterator(self, start_step, self._row_numbers(rows), stop)
 
     def _row_numbers(self, rows: Rows) -> np.ndarray:
@@ -108,7 +111,7 @@ class _Loader:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loader(_Loader):
-    """Training batches: the order's draw, then the epoch's permutation of the component's windows."""
+    """Training batches: the order's draw, then the epoch's permutation of a component's windows."""
 
     order: Order = dataclasses.field(kw_only=True)
     shuffle: bool = True
@@ -128,7 +131,7 @@ class Loader(_Loader):
         return _window_key(self.seed, self.components[component].name, epoch)
 
     def skip(self, start: int, stop: int) -> Loader:
-        """The same loader, never to use batches [start, stop) (`order.batch_index(step)` gives a step's batch)."""
+        """The same loader without batches [start, stop), as `order.batch_index` counts them."""
         return dataclasses.replace(self, order=self.order.skip(start, stop))
 
     def with_skips(self, skips: tuple[tuple[int, int], ...]) -> Loader:
@@ -138,7 +141,7 @@ class Loader(_Loader):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ValidationLoader(_Loader):
-    """Every validation token once: a fixed order of all windows, so the first batches are a fair sample of them.
+    """Every validation token once, in a fixed random order: the first batches are a fair sample.
 
     The last batch is filled up with rows of padding, which no loss counts.
     """
@@ -175,7 +178,7 @@ class ValidationLoader(_Loader):
 class BatchIterator:
     """Batches in step order, made ahead. `step` is the next step and all there is to save.
 
-    `waited` is how long the last `next` waited for data, in seconds, `waited_total` the sum since the start.
+    `waited` is how long the last `next` waited for data, in seconds, `waited_total` the sum.
     """
 
     def __init__(self, loader: _Loader, start: int, rows: np.ndarray, stop: int) -> None:
@@ -183,7 +186,8 @@ class BatchIterator:
         from absl import flags
 
         if loader.workers and not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, a notebook never parses any
+            # Grain's workers read absl flags, which a notebook never parses.
+            flags.FLAGS.mark_as_parsed()
 
         self.step, self._stop = start, stop
         self.waited = self.waited_total = 0.0

@@ -1,7 +1,8 @@
-"""Which document or window comes when: pure integer arithmetic, so the order of a run is a function, not a state.
+"""Which window comes when: pure integer arithmetic, so order is a function and not a state.
 
-`permute` is a bijection on [0, n) in constant memory, `Mixture` says which component a draw belongs to and how many
-of its draws came before, `Order` puts phases, mixtures, epochs and skipped batches together. Nothing here reads data.
+`permute` is a bijection on [0, n) in constant memory, `Mixture` says which component a draw
+belongs to and how many of its draws came before, `Order` puts phases, mixtures, epochs and skipped
+batches together. Nothing here reads data.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def key(*parts: object) -> int:
 def permute(index: int | Ints, size: int | Ints, seed: int | Ints) -> int | Ints:
     """Where `index` goes under the permutation of [0, size) that the 64-bit key `seed` names.
 
-    A balanced Feistel network of 6 rounds with murmur3's finaliser (Luby and Rackoff 1988), walked along its cycle
-    until the value is below `size`. Arguments broadcast; Python ints give a Python int, arrays give int64.
+    A balanced Feistel network of 6 rounds with murmur3's finaliser (Luby and Rackoff 1988), walked
+    along its cycle until the value is below `size`. Arguments broadcast; Python ints give a Python
+    int, arrays give int64.
     """
     return _walk(index, size, seed, range(ROUNDS))
 
@@ -88,15 +90,18 @@ def _mix(x: Ints) -> Ints:
 class Mixture:
     """Integer weights, and the closed form of which component a draw belongs to (Grain's rule).
 
-    For draw k, with K = k and R = sum(p): for each i, K' = floor(K (R - p_i) / R), count_i(k) = K - K', then K = K' and
-    R = R - p_i. Draw k belongs to the one i whose count grows between k and k + 1.
+    For draw k, with K = k and R = sum(p): for each i, K' = floor(K (R - p_i) / R), count_i(k) = K
+    - K', then K = K' and R = R - p_i. Draw k belongs to the one i whose count grows between k and
+    k + 1.
     """
 
     weights: tuple[int, ...]
 
     @staticmethod
     def from_floats(weights: Sequence[float]) -> Mixture:
-        """Scale so that the least positive weight is at least 10,000 and round; a weight of 0 takes no draws."""
+        """Scale so that the least positive weight is 10,000 or more, and round; 0 takes no
+        draws.
+        """
         if not weights or any(not math.isfinite(weight) or weight < 0 for weight in weights):
             raise ValueError(f"mixture weights {tuple(weights)} must be finite and not negative")
         positive = [weight for weight in weights if weight > 0]
@@ -106,8 +111,8 @@ class Mixture:
         integers = tuple(round(weight * scale) for weight in weights)
         if sum(integers) > LARGEST_TOTAL:
             raise ValueError(
-                f"mixture weights {tuple(weights)}: the least is below 1/{LARGEST_TOTAL // LEAST_WEIGHT:,} of the "
-                "sum; raise it, or set it to 0"
+                f"mixture weights {tuple(weights)}: the least is below "
+                f"1/{LARGEST_TOTAL // LEAST_WEIGHT:,} of the sum; raise it, or set it to 0"
             )
         return Mixture(integers)
 
@@ -142,10 +147,12 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The draw of every (batch, row): a pure function of phases, batch size and the batches skipped.
+    """The draw of every (batch, row): a pure function of phases, batch size and the batches
+    skipped.
 
-    A component's index runs on across phases, so a new phase does not start its sources again. `skips` are
-    half-open ranges of batch numbers that are never trained on; steps count only what is trained on.
+    A component's index runs on across phases, so a new phase does not start its sources again.
+    `skips` are half-open ranges of batch numbers that are never trained on; steps count only what
+    is trained on.
     """
 
     phases: tuple[Phase, ...]
@@ -173,7 +180,9 @@ class Order:
         return dataclasses.replace(self, skips=(*self.skips, (start, stop)))
 
     def draws(self, step: int, rows: Ints) -> tuple[Ints, Ints]:
-        """`(component, index)` of rows of a step's batch, index counting from the start of the run."""
+        """`(component, index)` of rows of a step's batch, index counting from the start of the
+        run.
+        """
         batch = self.batch_index(step)
         number = max(i for i, phase in enumerate(self.phases) if phase.start <= batch)
         phase = self.phases[number]

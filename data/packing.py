@@ -1,15 +1,16 @@
 """How documents fill windows: plans made from lengths alone, before training, and saved.
 
-A span is `(document, start, length)`: tokens of one document that may be trained on. A plan says which pieces of
-spans make window w, in O(pieces) for any w, so a window is random access. Two kinds: `StreamPlan` joins the spans in a
-shuffled order and cuts every `length` tokens; `BinPlan` keeps documents whole where they fit (`best_fit`, `first_fit`) or one
-document a window (`pad`), and splits longer ones. Every token of every span is in exactly one window an epoch.
+A span is `(document, start, length)`: tokens of one document that may be trained on. A plan says
+which pieces of spans make window w, for any w, so a window is random access. `StreamPlan` joins
+the spans in a shuffled order and cuts every `length` tokens; `BinPlan` keeps documents whole where
+they fit (`best_fit`, `first_fit`) or takes one a window (`pad`), and splits longer ones. Every
+token of every span is in exactly one window of an epoch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -17,15 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import fingerprint, write_folder
 from data.order import key, permute
 
 BLOCK = 65_536
-"""Documents that are packed together; blocks are packed on their own, so memory stays bounded."""
+"""Pieces that are packed together; each block is packed on its own, so memory stays bounded."""
 
 Piece = tuple[int, int, int, int]
-"""`(document, start, length, targets)`: tokens [start, start + length) of a document, one segment of a window.
+"""`(document, start, length, targets)`: tokens [start, start + length) of a document, one segment.
 
-`targets` is `length` where the span goes on after the piece, since the next token is then known, else `length - 1`.
+`targets` is `length` where the span goes on after the piece, since the next token is then known,
+and `length - 1` where the piece ends it.
 """
 
 
@@ -45,6 +48,10 @@ class Spans:
         """Tokens in all spans together."""
         return int(self.length.sum())
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its columns by name."""
+        return {"document": self.document, "start": self.start, "length": self.length}
+
     def take(self, index: np.ndarray) -> Spans:
         """The spans at `index`, in that order."""
         return Spans(self.document[index], self.start[index], self.length[index])
@@ -52,16 +59,26 @@ class Spans:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StreamPlan:
-    """`concat_split`: spans joined end to end, cut every `length` tokens; the last window may be short.
+    """`concat_split`: spans joined end to end, cut every `length` tokens; the last window may be
+    short.
 
-    In epochs after the first the cuts are moved by `shift(epoch)` tokens, the stream taken as a circle, so that a window of
-    another epoch begins elsewhere while each token is still seen once.
+    In epochs after the first the cuts are moved by `shift(epoch)` tokens, the stream taken as a
+    circle: the windows of each epoch begin elsewhere, and still hold every token once. Without a
+    seed no cut moves.
     """
 
     spans: Spans
     offsets: np.ndarray
     length: int
-    seed: int | None
+    seed: int | None = None
+    folder: str = ""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is saved of it, by file name."""
+        return self.spans.arrays() | {"offsets": self.offsets}
+
+    def __reduce__(self) -> tuple:
+        return _reduce(self)
 
     @property
     def windows(self) -> int:
@@ -100,12 +117,24 @@ class StreamPlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BinPlan:
-    """Windows as lists of pieces: window w holds pieces [window_offsets[w], window_offsets[w + 1])."""
+    """Windows as lists of pieces: window w holds pieces [window_offsets[w], window_offsets[w +
+    1]).
+    """
 
     pieces: Spans
     targets: np.ndarray
     window_offsets: np.ndarray
     length: int
+    seed: int | None = None
+    folder: str = ""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is saved of it, by file name."""
+        own = {"targets": self.targets, "window_offsets": self.window_offsets}
+        return self.pieces.arrays() | own
+
+    def __reduce__(self) -> tuple:
+        return _reduce(self)
 
     @property
     def windows(self) -> int:
@@ -120,6 +149,14 @@ class BinPlan:
 
 
 Plan = StreamPlan | BinPlan
+
+
+def _reduce(plan: Plan) -> tuple:
+    """Pickle a saved plan as the name of its folder, so that workers read it and not copy it."""
+    if plan.folder:
+        return load_plan, (plan.folder,)
+    values = tuple(getattr(plan, field.name) for field in dataclasses.fields(plan))
+    return type(plan), values
 
 
 def make_plan(
@@ -179,8 +216,8 @@ def _split_long(spans: Spans, length: int) -> tuple[Spans, np.ndarray]:
 def best_fit(lengths: list[int], capacity: int, max_segments: int = 0) -> list[list[int]]:
     """Each item into the open bin with the least space that still holds it: lists of item numbers.
 
-    Bins stand in stacks by free space, and one integer has a bit for each stack that is not empty, so the bin is found by
-    isolating a bit: O(1) an item.
+    Bins stand in stacks by free space, and one integer has a bit for each stack that is not empty,
+    so the bin is found by isolating a bit: O(1) an item.
     """
     bins: list[list[int]] = []
     stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -204,7 +241,9 @@ def best_fit(lengths: list[int], capacity: int, max_segments: int = 0) -> list[l
 
 
 def first_fit(lengths: list[int], capacity: int, max_segments: int = 0) -> list[list[int]]:
-    """Each item into the earliest bin that holds it, found in a tree of maxima: O(log bins) an item."""
+    """Each item into the earliest bin that holds it, found in a tree of maxima: O(log bins) an
+    item.
+    """
     size = 1 << max(1, len(lengths)).bit_length()
     tree = [capacity] * (2 * size)
     bins: list[list[int]] = []
@@ -225,46 +264,38 @@ def first_fit(lengths: list[int], capacity: int, max_segments: int = 0) -> list[
     return bins
 
 
-def cached_plan(folder: Path, parts: object, make: Callable[[], Plan]) -> Plan:
+def cached_plan(cache: Path, parts: object, make: Callable[[], Plan]) -> Plan:
     """The plan saved under the fingerprint of `parts`, made and saved first if it is not there."""
-    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
-    path = folder / f"plan-{name}.npz"
-    if not path.exists():
+    folder = cache / fingerprint(parts)[:20]
+    if not folder.exists():
         plan = make()
-        if isinstance(plan, StreamPlan):
-            spans, extra = plan.spans, {"offsets": plan.offsets, "seed": _seed_array(plan.seed)}
-        else:
-            spans, extra = (
-                plan.pieces,
-                {"window_offsets": plan.window_offsets, "targets": plan.targets},
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            np.savez(
-                file,
-                document=spans.document,
-                start=spans.start,
-                piece_length=spans.length,
-                length=np.int64(plan.length),
-                **extra,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    return load_plan(path)
+        files = {f"{name}.npy": _npy(array) for name, array in plan.arrays().items()}
+        header = {"kind": type(plan).__name__, "length": plan.length, "seed": plan.seed}
+        write_folder(folder, files | {"plan.json": json.dumps(header).encode()})
+    return load_plan(folder)
 
 
-def load_plan(path: str | os.PathLike) -> Plan:
-    """A plan that `cached_plan` saved."""
-    with np.load(path) as arrays:
-        spans = Spans(arrays["document"], arrays["start"], arrays["piece_length"])
-        length = int(arrays["length"])
-        if "window_offsets" in arrays:
-            return BinPlan(spans, arrays["targets"], arrays["window_offsets"], length)
-        seed = arrays["seed"]
-        return StreamPlan(spans, arrays["offsets"], length, int(seed[0]) if len(seed) else None)
+def load_plan(folder: str | os.PathLike) -> Plan:
+    """A plan that `cached_plan` saved; its arrays stay on disk."""
+    folder = Path(folder)
+    header = json.loads((folder / "plan.json").read_text())
+    arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    spans = Spans(arrays["document"], arrays["start"], arrays["length"])
+    if header["kind"] == "StreamPlan":
+        return StreamPlan(
+            spans, arrays["offsets"], header["length"], header["seed"], folder=str(folder)
+        )
+    return BinPlan(
+        spans,
+        arrays["targets"],
+        arrays["window_offsets"],
+        header["length"],
+        header["seed"],
+        folder=str(folder),
+    )
 
 
-def _seed_array(seed: int | None) -> np.ndarray:
-    return np.array([] if seed is None else [seed], np.int64)
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()

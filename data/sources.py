@@ -1,8 +1,10 @@
-"""Where text comes from: text files, JSON lines, Parquet and the standard library of the running Python.
+"""Where text comes from: text files, JSON lines, Parquet, the standard library of the running
+Python.
 
-`open_source` turns a path, a folder, a glob or `stdlib:` into a `Source`: a fixed, sorted list of files. Its rows come
-in one order, each with an id that names file and row, so anything made from a row can be traced back. A row that
-cannot be read is an error that names file, row and byte, or is counted and noted when the caller chose to skip it.
+`open_source` turns a path, a folder, a glob or `stdlib:` into a `Source`: a fixed, sorted list of
+files. Its rows come in one order, each with an id that names file and row, so anything made from a
+row can be traced back. A row that cannot be read comes with an error that names file, row and
+byte; whether that ends the run or is counted and listed is the caller's choice.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data.files import file_hash
 from weights import nearest
 
 FILE_STRIDE = 2**40
@@ -31,10 +34,9 @@ FILE_STRIDE = 2**40
 STDLIB = "stdlib:"
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-_TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .jsx .tsx .rb .php "
-    ".scala .swift .jl .r .lua .sh .sql .html .css .xml .yaml .yml .toml .ini .cfg .csv .tsv .log .org".split()
-)
+_PROSE = "txt text md markdown rst tex org log csv tsv html css xml yaml yml toml ini cfg"
+_CODE = "py pyi c h cc cpp hpp cu rs go java kt js ts jsx tsx rb php scala swift jl r lua sh sql"
+_TEXT_SUFFIXES = frozenset(f".{name}" for name in f"{_PROSE} {_CODE}".split(" "))
 
 
 class BadRowError(ValueError):
@@ -52,7 +54,7 @@ class SourceError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One document: its id, its text (None if the row is bad), why it is bad, and bytes of its file read so far."""
+    """One document: its id, its text or the error if it is bad, bytes of its file read so far."""
 
     row_id: int
     text: str | None
@@ -64,8 +66,9 @@ class Row:
 class Source:
     """A sorted list of files read as rows of text.
 
-    `files` are the names that errors and fingerprints use, `paths` where they lie; `ignored` counts, by suffix, files of
-    a folder that hold no text.
+    `files` are the names that errors and fingerprints use, `paths` where they lie; `ignored`
+    counts, by suffix, files of a folder that hold no text. Rows count from 0; blank lines are no
+    rows.
     """
 
     spec: str
@@ -80,7 +83,9 @@ class Source:
         return self.files[row_id // FILE_STRIDE], row_id % FILE_STRIDE
 
     def rows(self, start: int = 0) -> Iterator[Row]:
-        """All rows in order, from row id `start` on; bad rows come with `text=None` and their error."""
+        """All rows in order, from row id `start` on; bad rows come with `text=None` and their
+        error.
+        """
         first_file, first_row = divmod(start, FILE_STRIDE)
         for number in range(first_file, len(self.files)):
             yield from self._file_rows(number, first_row if number == first_file else 0)
@@ -102,7 +107,9 @@ class Source:
         return [os.path.getsize(path) for path in self.paths]
 
     def fingerprint(self, hashes: Callable[[str], str] | None = None) -> str:
-        """SHA-256 over file names, contents and how they are read; `hashes(path)` may answer from a cache."""
+        """SHA-256 over file names, contents and how they are read; `hashes(path)` may answer from
+        a cache.
+        """
         digest = hashlib.sha256(json.dumps([self.text_key, self.rows_by]).encode())
         for name, path in zip(self.files, self.paths, strict=True):
             digest.update(f"\n{name}\x1f{(hashes or file_hash)(path)}".encode())
@@ -119,12 +126,6 @@ class Source:
                 yield Row(number * FILE_STRIDE + row, None if error else text, error, done)
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise SourceError(f"{path}: cannot be read: {error}") from error
-
-
-def file_hash(path: str) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_source(
@@ -240,7 +241,7 @@ def _kind(path: str) -> str:
 
 def open_binary(path: str) -> tuple[BinaryIO, BinaryIO]:
     """`(decompressed stream, raw file)`; the raw file's position tells how much has been read."""
-    raw = open(path, "rb")
+    raw = open(path, "rb")  # noqa: SIM115
     suffix = os.path.splitext(path)[1]
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw), raw  # pyright: ignore[reportReturnType]
@@ -256,7 +257,9 @@ def open_binary(path: str) -> tuple[BinaryIO, BinaryIO]:
 
 
 Fields = tuple[str | None, int | None, str, int]
-"""`(text, byte where the row or the fault lies, reason if the row is bad, bytes of the file read)`."""
+"""`(text, byte where the row or the fault lies, reason if the row is bad, bytes of the file
+read)`.
+"""
 
 
 def _decode(data: bytes, offset: int) -> tuple[str | None, int, str]:
@@ -350,7 +353,7 @@ def _read_parquet(path: str, source: Source) -> Iterator[Fields]:
         names = file.schema_arrow.names
         if source.text_key not in names:
             raise SourceError(
-                f"{path}: has no column {source.text_key!r}; it has {', '.join(names)}; set text_key"
+                f"{path}: no column {source.text_key!r} among {', '.join(names)}; set text_key"
             )
         size, done = os.path.getsize(path), 0
         for batch in file.iter_batches(batch_size=1024, columns=[source.text_key]):

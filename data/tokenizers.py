@@ -1,8 +1,9 @@
-"""Text to ids and back: bytes, characters, and Hugging Face `tokenizer.json` files, loaded or trained here.
+"""Text to ids and back: bytes, characters, and Hugging Face `tokenizer.json` files.
 
-A tokenizer never adds tokens of its own: the store (data/store.py) puts the beginning and end of a document, so they
-cannot be doubled. Special tokens written out in text are ordinary text unless the caller allows them. `files()` is
-what a checkpoint keeps and `load_tokenizer` reads back; the fingerprint is over those files.
+A tokenizer never adds tokens of its own: the store (data/store.py) puts the beginning and end of a
+document, so they cannot be doubled. Special tokens written out in text are ordinary text unless
+the caller allows them. `files()` is what a checkpoint keeps and `load_tokenizer` reads back; the
+fingerprint is over those files.
 """
 
 from __future__ import annotations
@@ -28,12 +29,27 @@ _USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|im_en
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What every backend gives. Ids are int32 arrays; `bos` and `eos` are ids, or None where there is none."""
+    """What every backend gives; ids are int32, `bos` and `eos` are None where there is none."""
 
-    vocab_size: int
-    bos: int | None
-    eos: int | None
-    special_tokens: dict[str, int]
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        ...
+
+    @property
+    def bos(self) -> int | None:
+        """The token before a document."""
+        ...
+
+    @property
+    def eos(self) -> int | None:
+        """The token after a document."""
+        ...
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Special tokens and their ids."""
+        ...
 
     def encode(self, texts: Sequence[str], allow_special: bool = False) -> list[Ids]:
         """Ids of each text; special tokens written in a text are ordinary text unless allowed."""
@@ -58,7 +74,7 @@ class Tokenizer(Protocol):
 
 
 class DecodeStream:
-    """Text piece by piece: `push(id)` gives what has become certain, holding back incomplete UTF-8."""
+    """Text piece by piece: `push(id)` gives what is certain and holds back incomplete UTF-8."""
 
     LONGEST_CHARACTER = 4
 
@@ -87,7 +103,7 @@ class DecodeStream:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0–255, then `<|bos|>` 256 and `<|eos|>` 257; needs no files and no training."""
+    """UTF-8 bytes as ids 0 to 255, then `<|bos|>` 256 and `<|eos|>` 257; needs no training."""
 
     vocab_size = 258
     bos = 256
@@ -139,7 +155,7 @@ class _ByteStream(DecodeStream):
 
 
 class CharacterTokenizer:
-    """One id a character, in code-point order of the characters of a text (nanoGPT's Shakespeare has 65); no specials.
+    """One id a character, in code-point order, no specials (nanoGPT's Shakespeare has 65).
 
     A character outside the vocabulary is an error that names it.
     """
@@ -172,8 +188,8 @@ class CharacterTokenizer:
         wrong = np.flatnonzero(self._codes[ids] != codes)
         if len(wrong):
             raise ValueError(
-                f"character {text[wrong[0]]!r} at position {wrong[0]} is not among the "
-                f"{self.vocab_size} characters of this vocabulary; train it on that text too, or use bytes"
+                f"character {text[wrong[0]]!r} at position {wrong[0]} is not one of this vocabulary's "
+                f"{self.vocab_size}; train it on that text too, or use kind=bytes"
             )
         return ids.astype(np.int32)
 
@@ -197,7 +213,7 @@ class CharacterTokenizer:
 
 
 class FileTokenizer:
-    """A Hugging Face `tokenizer.json` (Rust `tokenizers`), loaded or trained; `bos` and `eos` given as text or found."""
+    """A Hugging Face `tokenizer.json`, loaded or trained; `bos` and `eos` are given or found."""
 
     def __init__(self, tokenizer_json: str, bos: str = "", eos: str = "") -> None:
         self._json = tokenizer_json
@@ -221,7 +237,9 @@ class FileTokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
-        """Byte-level BPE (GPT-2's split) with `<|bos|>` and `<|eos|>`; the same texts give the same file."""
+        """Byte-level BPE (GPT-2's split, `<|bos|>`, `<|eos|>`); the same texts give the same
+        file.
+        """
         tokenizer = huggingface.Tokenizer(huggingface.models.BPE())
         tokenizer.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
         tokenizer.decoder = huggingface.decoders.ByteLevel()  # pyright: ignore
