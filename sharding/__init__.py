@@ -5,6 +5,7 @@ table; `partition` gives every array its sharding and refuses what does not fit.
 function `constrain` places activations.
 """
 
+from sharding.auto import derive_rules
 from sharding.constraints import constrain
 from sharding.context import context_attention
 from sharding.distributed import (
@@ -31,6 +32,7 @@ __all__ = [
     "check_heads",
     "constrain",
     "context_attention",
+    "derive_rules",
     "global_array",
     "global_batch",
     "initialize_distributed",
