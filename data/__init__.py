@@ -9,10 +9,11 @@ from data.dataset import Dataset, build
 from data.loader import BatchIterator, Loader, Origin, ValidationLoader
 from data.order import Mixture, Order, Phase, permute, unpermute
 from data.packing import Spans, make_plan
+from data.proportions import proportional, temperature, unimax
 from data.record import check_resume
 from data.sources import BadRowError, Row, Source, SourceError, open_source
 from data.store import StoreOptions, TokenStore
-from data.tokenizers import (
+from data.tokenizer import (
     ByteTokenizer,
     CharacterTokenizer,
     DecodeStream,
@@ -54,6 +55,9 @@ __all__ = [
     "make_plan",
     "open_source",
     "permute",
+    "proportional",
+    "temperature",
     "tokenize",
+    "unimax",
     "unpermute",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from weights import nearest
 
@@ -210,9 +210,11 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], prefix: str = "data") ->
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+    if dataclasses.is_dataclass(value):
+        return value
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where)
-    if getattr(hint, "__origin__", None) is tuple:
+    if get_origin(hint) is tuple:
         inner = get_args(hint)[0]
         return tuple(_convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     return float(value) if hint is float and isinstance(value, int) else value

@@ -6,7 +6,7 @@ import numpy as np
 
 from data.packing import Spans
 from data.store import TokenStore
-from data.tokenizers import Tokenizer
+from data.tokenizer import Tokenizer
 
 FOLDS = 2**32
 

@@ -26,7 +26,7 @@ from data.files import file_hash, sync, sync_folder, write_json
 from data.progress import Progress
 from data.sources import FILE_STRIDE, BadRowError, Row, Source, SourceError
 from data.store import FORMAT, StoreOptions, TokenStore, shard_folder, store_fingerprint
-from data.tokenizers import Tokenizer
+from data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1_000_000
 ARRAYS = ("tokens.bin", "offsets.npy", "rows.npy")

@@ -14,10 +14,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import tokenizers as huggingface
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 Ids = np.ndarray
 REPLACEMENT = "\ufffd"
@@ -188,8 +189,8 @@ class CharacterTokenizer:
         wrong = np.flatnonzero(self._codes[ids] != codes)
         if len(wrong):
             raise ValueError(
-                f"character {text[wrong[0]]!r} at position {wrong[0]} is not one of this vocabulary's "
-                f"{self.vocab_size}; train it on that text too, or use kind=bytes"
+                f"character {text[wrong[0]]!r} at position {wrong[0]} is not one of the "
+                f"{self.vocab_size} of this vocabulary; train it on that text too, or use bytes"
             )
         return ids.astype(np.int32)
 
@@ -217,7 +218,7 @@ class FileTokenizer:
 
     def __init__(self, tokenizer_json: str, bos: str = "", eos: str = "") -> None:
         self._json = tokenizer_json
-        self._tokenizer = huggingface.Tokenizer.from_str(tokenizer_json)
+        self._tokenizer = RustTokenizer.from_str(tokenizer_json)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -240,15 +241,16 @@ class FileTokenizer:
         """Byte-level BPE (GPT-2's split, `<|bos|>`, `<|eos|>`); the same texts give the same
         file.
         """
-        tokenizer = huggingface.Tokenizer(huggingface.models.BPE())
-        tokenizer.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-        tokenizer.decoder = huggingface.decoders.ByteLevel()  # pyright: ignore
-        trainer = huggingface.trainers.BpeTrainer(
-            vocab_size=vocab_size,  # pyright: ignore
-            special_tokens=[BOS, EOS],  # pyright: ignore
-            initial_alphabet=huggingface.pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore
-            show_progress=False,  # pyright: ignore
-        )
+        tokenizer: Any = RustTokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        options: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "special_tokens": [BOS, EOS],
+            "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+            "show_progress": False,
+        }
+        trainer = trainers.BpeTrainer(**options)
         tokenizer.train_from_iterator(texts, trainer)
         return FileTokenizer(tokenizer.to_str())
 
