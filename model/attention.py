@@ -7,6 +7,7 @@ position encoder.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from kernels_pallas.attention import attention
 from model.arrays import ArraySpec, hidden_kernel, output_std, vector
 from model.norms import rms_norm
 from model.remat import ATTENTION_OUTPUT
-from sharding import constrain
+from sharding import constrain, context_attention
 from weights import linear
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def apply(
             scale=config.attention_scale,
             window=config.sliding_window,
             soft_cap=config.attention_soft_cap,
+            implementation=context.runtime.attention,
         )
     else:
         out = _attend(q, k, v, config, context)
@@ -110,8 +112,11 @@ def _project(
 def _attend(q: Array, k: Array, v: Array, config: ModelConfig, context: Context) -> Array:
     """Causal self-attention over the tokens at hand: `[batch, length, num_heads, head_dim]`."""
     positions, segment_ids = context.positions, context.segment_ids
-    encoder = context.encoder
-    return attention(
+    encoder, layout = context.encoder, context.runtime.layout
+    attend = attention
+    if layout is not None and layout.size("length") > 1:
+        attend = functools.partial(context_attention, attention, layout=layout)
+    return attend(
         encoder.rotate(q, positions),
         encoder.rotate(k, positions),
         v,

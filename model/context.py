@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from model.caches.protocol import StepMeta
 from model.positions import PositionEncoder
 from model.runtime import Runtime
 
@@ -34,4 +35,4 @@ class Context:
     layer: Any = 0
     rng: Array | None = None
     taps: frozenset[str] = frozenset()
-    meta: Any = None
+    meta: StepMeta | None = None

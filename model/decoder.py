@@ -16,17 +16,17 @@ import jax.numpy as jnp
 
 from model import norms
 from model.block import block, dropout
+from model.caches.protocol import DecoderCache, StepMeta
 from model.config import ModelConfig, Segment
 from model.context import Context
 from model.positions import PositionEncoder
 from model.remat import remat
-from model.runtime import Runtime
+from model.runtime import DEFAULT_RUNTIME, Runtime
 from sharding import check_heads, constrain
 from weights import embed, linear, nearest, unembed
 
 Array = jax.Array
 Params = Mapping[str, Any]
-DEFAULT = Runtime()
 EMBEDDING_KEY = 1 << 20
 """Folded into the dropout key for the embedding; layers fold in their own number, which is
 smaller.
@@ -37,7 +37,7 @@ def forward(
     params: Params,
     tokens: Array | None,
     config: ModelConfig,
-    runtime: Runtime = DEFAULT,
+    runtime: Runtime = DEFAULT_RUNTIME,
     **options: Any,
 ) -> tuple[Array, dict[str, Any]]:
     """Logits `float32[batch, length, vocab]` and aux; all options are those of `hidden_states`.
@@ -52,12 +52,12 @@ def hidden_states(
     params: Params,
     tokens: Array | None,
     config: ModelConfig,
-    runtime: Runtime = DEFAULT,
+    runtime: Runtime = DEFAULT_RUNTIME,
     *,
     positions: Array | None = None,
     segment_ids: Array | None = None,
     inputs_embeds: Array | None = None,
-    cache: Any = None,
+    cache: DecoderCache | None = None,
     until_layer: int | None = None,
     taps: Iterable[str] = (),
     rng: Array | None = None,
@@ -74,7 +74,8 @@ def hidden_states(
         segment_ids: `int32[batch, length]`; documents see only themselves, 0 is padding. None: one
             document a row.
         inputs_embeds: `[batch, length, d_model]` in place of embedded tokens.
-        cache: `model.caches.DecoderCache`; the new one comes back as `aux["cache"]`.
+        cache: earlier keys and values; the new cache comes back as `aux["cache"]`. Tokens stand
+            after what it holds; each row is one document, and segment id 0 is padding on the right.
         until_layer: run only layers `0..until_layer-1`.
         taps: names of intermediates: "embeddings", "layers/3/hidden", "layers/3/attention_output",
             …
@@ -87,12 +88,11 @@ def hidden_states(
     stop = _check_until(until_layer, config)
     wanted = _group_taps(taps, stop)
     x = _inputs(params, tokens, inputs_embeds, config, runtime)
-    if positions is None:
-        positions = _default_positions(x.shape, cache)
     _check_length(x.shape[1], config)
+    meta = None if cache is None else _step(cache, x.shape, positions, segment_ids)
+    positions = _positions(x.shape, positions, meta)
     x = _embed(params, x, positions, config, runtime, rng)
     taken = {"embeddings": x} if "embeddings" in wanted else {}
-    meta = None if cache is None else cache.meta(positions, segment_ids)
     reports, caches = [], {}
     for segment in _until(config.segments, stop):
         carry = {} if cache is None else {"cache": cache.segments[segment.name]}
@@ -100,18 +100,21 @@ def hidden_states(
         x, carry, aux = _run(params, x, segment, stop, context, carry, wanted)
         taken.update(aux.pop("taps", {}))
         reports.append(aux)
-        caches[segment.name] = carry.get("cache")
+        if cache is not None:
+            caches[segment.name] = carry["cache"]
     eps = config.norm_eps if config.final_norm_eps is None else config.final_norm_eps
     x = norms.normalise(config.norm, params["final_norm"], x, eps)
     merged = _concatenate(reports)
     if taps:
         merged["taps"] = taken
-    if cache is not None:
+    if cache is not None and meta is not None:
         merged["cache"] = cache.advance(caches, meta)
     return x, merged
 
 
-def logits(params: Params, hidden: Array, config: ModelConfig, runtime: Runtime = DEFAULT) -> Array:
+def logits(
+    params: Params, hidden: Array, config: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME
+) -> Array:
     """`[..., length, d_model] -> float32[..., length, vocab]`: head or tied table, scale, soft
     cap.
     """
@@ -239,10 +242,24 @@ def _concatenate(reports: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _default_positions(shape: tuple[int, ...], cache: Any) -> Array:
-    """Counting from 0, or from what each row of the cache holds: `int32[batch, length]`."""
-    counted = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape[:2])
-    return counted if cache is None else counted + cache.lengths[:, None]
+def _step(
+    cache: DecoderCache, shape: tuple[int, ...], positions: Array | None, segment_ids: Array | None
+) -> StepMeta:
+    """Where new tokens stand in a cache, which counts positions itself."""
+    if positions is not None:
+        raise ValueError("with a cache, positions follow from what it holds: leave positions=None")
+    return cache.step(shape, segment_ids)
+
+
+def _positions(shape: tuple[int, ...], positions: Array | None, meta: StepMeta | None) -> Array:
+    """The positions given, or after what the cache holds, or counted from 0: `int32[batch,
+    length]`.
+    """
+    if meta is not None:
+        return meta.positions
+    if positions is not None:
+        return positions
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape[:2])
 
 
 def _check_until(until_layer: int | None, config: ModelConfig) -> int:

@@ -40,3 +40,7 @@ class Runtime:
             raise ValueError(f"runtime.compute_dtype is {self.compute_dtype!r}; use a float type")
         if self.scan_unroll < 0:
             raise ValueError(f"runtime.scan_unroll is {self.scan_unroll}; it must be 0 or more")
+
+
+DEFAULT_RUNTIME = Runtime()
+"""Float32 on one device, nothing recomputed."""

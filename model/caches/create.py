@@ -1,0 +1,87 @@
+"""Empty caches, sized for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from model.caches.dense import Dense
+from model.caches.protocol import DecoderCache
+from model.caches.rolling import Rolling
+from model.config import ModelConfig, Segment
+from sharding import Layout, constrain
+from weights import nearest
+
+AXES = ("layers", "batch", "kv_heads", None, None)
+
+
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    *,
+    chunk: int | None = None,
+    kind: str | None = None,
+    dtype: Any = jnp.float32,
+    layout: Layout | None = None,
+) -> DecoderCache:
+    """An empty cache for `batch` rows of up to `capacity` tokens.
+
+    Args:
+        config: the model.
+        batch: rows.
+        capacity: longest sequence, prompt and generated tokens together.
+        chunk: most tokens that one step brings; None is `capacity`. Rolling caches are sized by it.
+        kind: "dense" or "rolling" for all layers; None rolls where a sliding window makes that
+            smaller.
+        dtype: of stored keys and values.
+        layout: where it lives.
+    """
+    if kind is not None and kind not in CACHES:
+        raise ValueError(f"cache kind {kind!r}; nearest: {nearest(kind, CACHES) or list(CACHES)}")
+    segments = {}
+    for segment in config.segments:
+        name = kind or _smaller(segment, capacity, chunk or capacity)
+        segments[segment.name] = CACHES[name](
+            segment, batch, capacity, chunk or capacity, dtype, layout
+        )
+    return DecoderCache(segments, jnp.zeros(batch, jnp.int32))
+
+
+def _smaller(segment: Segment, capacity: int, chunk: int) -> str:
+    window = segment.layer.sliding_window
+    return "rolling" if window is not None and window + chunk - 1 < capacity else "dense"
+
+
+def _dense(
+    segment: Segment, batch: int, capacity: int, chunk: int, dtype: Any, layout: Layout | None
+) -> Dense:
+    return Dense(*_arrays(segment, batch, capacity, dtype, layout))
+
+
+def _rolling(
+    segment: Segment, batch: int, capacity: int, chunk: int, dtype: Any, layout: Layout | None
+) -> Rolling:
+    window = segment.layer.sliding_window
+    if window is None:
+        raise ValueError(
+            f"a rolling cache needs model.sliding_window; layers {segment.name} have none"
+        )
+    return Rolling(*_arrays(segment, batch, window + chunk - 1, dtype, layout), window=window)
+
+
+def _arrays(
+    segment: Segment, batch: int, slots: int, dtype: Any, layout: Layout | None
+) -> tuple[Any, Any]:
+    layer = segment.layer
+    shape = (len(segment), batch, layer.kv_heads, slots, layer.head_dim)
+    keys, values = (constrain(jnp.zeros(shape, dtype), AXES, layout) for _ in range(2))
+    return keys, values
+
+
+CACHES: dict[str, Callable[..., Any]] = {"dense": _dense, "rolling": _rolling}
+"""Name -> function of (segment, batch, capacity, chunk, dtype, layout) that makes an empty
+cache.
+"""

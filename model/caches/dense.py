@@ -1,0 +1,81 @@
+"""The dense cache: one slot for each position, keys rotated as they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import attention
+from model.caches.protocol import StepMeta
+from model.positions import PositionEncoder
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense:
+    """Keys and values `[layers, batch, kv_heads, slots, head_dim]`; position p of a row is in slot
+    p.
+
+    Tokens beyond the last slot are not stored, so size it for the whole sequence.
+    """
+
+    keys: Array
+    values: Array
+
+    def append(
+        self, layer: Any, k: Array, v: Array, meta: StepMeta, encoder: PositionEncoder
+    ) -> Dense:
+        """See `Cache.append`."""
+        slots = jnp.where(meta.valid, meta.positions, self.keys.shape[3])
+        k = encoder.rotate(k, meta.positions)
+        return dataclasses.replace(
+            self, keys=write(self.keys, layer, slots, k), values=write(self.values, layer, slots, v)
+        )
+
+    def attend(
+        self, layer: Any, q: Array, meta: StepMeta, encoder: PositionEncoder, **options: Any
+    ) -> Any:
+        """See `Cache.attend`. Slots not yet written lie after the query, so causality hides
+        them.
+        """
+        slots = jnp.arange(self.keys.shape[3], dtype=jnp.int32)
+        key_positions = jnp.broadcast_to(slots, (q.shape[0], len(slots)))
+        return attend(self.keys, self.values, layer, q, meta, key_positions, encoder, options)
+
+
+def write(store: Array, layer: Any, slots: Array, x: Array) -> Array:
+    """`[layers, batch, kv_heads, slots, dim]` with x `[batch, length, kv_heads, dim]` at slots
+    `[batch, length]`.
+
+    Slots out of range are dropped.
+    """
+    rows = jnp.arange(x.shape[0])[:, None]
+    return store.at[layer, rows, :, slots].set(x.astype(store.dtype), mode="drop")
+
+
+def attend(
+    keys: Array,
+    values: Array,
+    layer: Any,
+    q: Array,
+    meta: StepMeta,
+    key_positions: Array,
+    encoder: PositionEncoder,
+    options: dict[str, Any],
+) -> Any:
+    """Causal attention to one layer of stored, rotated keys at `key_positions [batch, slots]`."""
+    return attention(
+        encoder.rotate(q, meta.positions),
+        jnp.swapaxes(keys[layer], 1, 2).astype(q.dtype),
+        jnp.swapaxes(values[layer], 1, 2).astype(q.dtype),
+        query_positions=meta.positions,
+        key_positions=key_positions,
+        alibi_slopes=encoder.slopes(),
+        **options,
+    )

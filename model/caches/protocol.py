@@ -1,0 +1,95 @@
+"""What a cache must do, and the cache of a whole decoder: one cache for each segment of layers.
+
+A cache is a pytree whose arrays carry a leading layer axis. It travels in the carry of the loop
+over layers and is written in place at the layer's index, so a step never holds two of it. A mixer
+appends and attends, and never looks inside; keys and queries arrive un-rotated, with the position
+encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from model.positions import PositionEncoder
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepMeta:
+    """The tokens of one step: row b brings `lengths[b]` more tokens, padding on its right.
+
+    positions: int32[batch, length], absolute position of each token.
+    valid: bool[batch, length], False for padding, which is not stored.
+    lengths: int32[batch], tokens that each row holds after this step.
+    """
+
+    positions: Array
+    valid: Array
+    lengths: Array
+
+
+class Cache(Protocol):
+    """Keys and values of the layers of one segment."""
+
+    def append(
+        self, layer: Any, k: Array, v: Array, meta: StepMeta, encoder: PositionEncoder
+    ) -> Cache:
+        """Store un-rotated k and v `[batch, length, kv_heads, head_dim]` of a step at a layer."""
+        ...
+
+    def attend(
+        self,
+        layer: Any,
+        q: Array,
+        meta: StepMeta,
+        encoder: PositionEncoder,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        return_lse: bool = False,
+        implementation: str | None = None,
+    ) -> Any:
+        """Causal attention of un-rotated q `[batch, length, heads, head_dim]` to all that is stored
+        at a layer.
+
+        Returns `[batch, length, heads, head_dim]`, and with `return_lse` also `float32[batch,
+        length, heads]`.
+        """
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecoderCache:
+    """The caches of a decoder, and how many tokens each row holds.
+
+    segments: name of a segment -> its cache.
+    lengths: int32[batch].
+    """
+
+    segments: dict[str, Any]
+    lengths: Array
+
+    def step(self, shape: tuple[int, ...], segment_ids: Array | None) -> StepMeta:
+        """Where the next tokens stand: after what each row holds; segment id 0 marks padding on the
+        right.
+        """
+        offsets = jnp.arange(shape[1], dtype=jnp.int32)
+        positions = self.lengths[:, None] + offsets[None, :]
+        valid = jnp.ones(shape[:2], bool) if segment_ids is None else segment_ids > 0
+        return StepMeta(positions, valid, self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32))
+
+    def advance(self, segments: Mapping[str, Any], meta: StepMeta) -> DecoderCache:
+        """The cache after a step, with the caches that the layers returned."""
+        return dataclasses.replace(
+            self, segments={**self.segments, **segments}, lengths=meta.lengths
+        )
