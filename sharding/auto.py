@@ -93,9 +93,10 @@ def _stacked(shapes: dict[str, Shape]) -> set[str]:
     found = {path for path in shapes if STACKED.fullmatch(path)}
     norms = [path for path, shape in shapes.items() if len(shape) == 2 and _is_norm(path)]
     for norm in norms:
-        parts = norm.split("/")
-        for depth in range(len(parts) - 1):
-            below = [path for path in shapes if path.startswith("/".join(parts[: depth + 1]) + "/")]
+        names = norm.split("/")
+        for depth in range(len(names)):
+            prefix = "/".join([*names[:depth], ""])
+            below = [path for path in shapes if path.startswith(prefix)]
             layers = {shapes[path][:1] for path in below} == {shapes[norm][:1]}
             if layers and max(len(shapes[path]) for path in below) >= 3:
                 found.update(below)

@@ -37,7 +37,7 @@ class _Value:
 def column_row_pairs(
     apply: Callable[..., Any], params: Any, *inputs: Any
 ) -> tuple[tuple[str, str], ...]:
-    """`((path of the first matrix, path of the second), …)` in the graph of `apply(params, *inputs)`.
+    """Paths of the two matrices of each pair in the graph of `apply(params, *inputs)`.
 
     Nothing is computed: params and inputs may be `jax.ShapeDtypeStruct`.
     """

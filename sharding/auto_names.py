@@ -40,14 +40,14 @@ IN_FEED_FORWARD = (
     ({"up", "gate", "wi", "w1", "w3", "fc1", "in", "intermediate", "lin1", "linear1"}, "up"),
     ({"down", "wo", "w2", "fc2", "out", "output", "lin2", "linear2", "proj"}, "down"),
 )
-"""Words in order of precedence -> part; those inside the innermost part of a block count."""
+"""Words in order of precedence -> part."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """How a matrix is split over `tensor`.
 
-    side: "column" splits outputs, "row" splits inputs, "whole" neither, "unknown" is for others to say.
+    side: "column" splits outputs, "row" inputs, "whole" neither; "unknown" is for others to say.
     axis: logical axis of the split dimension.
     """
 

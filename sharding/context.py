@@ -153,7 +153,8 @@ def _ring_attention(
     slopes: Array | None,
     where: dict[str, Any],
 ) -> Array:
-    return _ring(block, axes, q, slopes, (k, v), *_split(where)).astype(q.dtype)
+    out: Any = _ring(block, axes, q, slopes, (k, v), *_split(where))
+    return out.astype(q.dtype)
 
 
 KINDS: dict[str, Callable[..., Array]] = {"ring": _ring_attention, "all_gather": _all_gather}
