@@ -130,6 +130,10 @@ class Loader(_Loader):
     def _key(self, component: int, epoch: int) -> int:
         return _window_key(self.seed, self.components[component].name, epoch)
 
+    def batch_index(self, step: int) -> int:
+        """The batch that a training step reads: the step plus the batches skipped before it."""
+        return self.order.batch_index(step)
+
     def skip(self, start: int, stop: int) -> Loader:
         """The same loader without batches [start, stop), as `order.batch_index` counts them."""
         return dataclasses.replace(self, order=self.order.skip(start, stop))

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from training.config import (
     ConfigError,
     RunConfig,
+    config_class,
+    config_defaults,
     default_config,
     describe,
     load_config,
@@ -58,9 +60,7 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A parsed command line: the flags by name (absent ones are missing) and the config, if one
-    was named.
-    """
+    """A parsed command line: the flags that were given, and the config if one was named."""
 
     flags: dict[str, Any]
     config: RunConfig | None
@@ -72,9 +72,7 @@ class Command:
 
 
 def parse(arguments: list[str]) -> Command:
-    """Read the flags of `train.py`; raises `ConfigError` that names the flag and what would be
-    right.
-    """
+    """Read the flags of `train.py`; a `ConfigError` names the flag and what would be right."""
     flags, overrides = _split(arguments)
     values = load_config(flags["config"]) if "config" in flags else default_config()
     apply_overrides(values, overrides)
@@ -130,14 +128,18 @@ def apply_overrides(values: ConfigDict, overrides: dict[str, str]) -> None:
         node, cls = values, RunConfig
         for depth, parent in enumerate(parents):
             hint = _field_type(cls, parent, "config." + ".".join(parents[: depth + 1]))
-            if not dataclasses.is_dataclass(hint):
+            part = config_class(hint)
+            if part is None:
                 raise ConfigError(
                     f"--config.{dotted}: {parent} is a {type_name(hint)}, it has no fields"
                 )
-            node, cls = node[parent], typing.cast(type, hint)
+            if node[parent] is None:
+                with node.ignore_type():
+                    node[parent] = ConfigDict(config_defaults(part))
+            node, cls = node[parent], part
         hint = _field_type(cls, name, f"config.{dotted}")
-        if dataclasses.is_dataclass(hint):
-            known = ", ".join(field.name for field in dataclasses.fields(typing.cast(type, hint)))
+        if (part := config_class(hint)) is not None:
+            known = ", ".join(field.name for field in dataclasses.fields(part))
             raise ConfigError(f"--config.{dotted}={text}: set one of its fields: {known}")
         with node.ignore_type():
             node[name] = _parse_value(text, hint, f"--config.{dotted}")

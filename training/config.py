@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from training.checkpoints import CheckpointConfig
-from training.faults import FaultConfig
-from training.optimizers import OptimizerConfig
-from training.schedules import ScheduleConfig
 
 from data import DataConfig
 from model import ModelConfig
 from sharding import MeshConfig, ShardingConfig
+from training.checkpoints import CheckpointConfig
+from training.faults import FaultConfig
+from training.optimizers import OptimizerConfig
+from training.schedules import ScheduleConfig
 from weights import nearest
 
 
@@ -112,8 +112,8 @@ class RunConfig:
 
     name: what the run is called in its record; also the default folder, runs/NAME.
     seed: of the initial parameters and of dropout; the data order has its own, data.seed.
-    model: what is trained.
-    data: rows, tokens and their order.
+    model: what is trained; empty where the run's functions say it.
+    data: rows, tokens and their order; empty where the run's functions say it.
     train: how parameters are updated.
     optimizer: which rule turns gradients into updates.
     schedule: the learning rate over steps.
@@ -125,10 +125,10 @@ class RunConfig:
     faults: what happens on spikes, non-finite values and hangs.
     """
 
-    model: ModelConfig
     name: str = "run"
     seed: int = 0
-    data: DataConfig = DataConfig()
+    model: ModelConfig | None = None
+    data: DataConfig | None = None
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -145,22 +145,38 @@ class ConfigError(ValueError):
 
 
 def default_config() -> ConfigDict:
-    """All fields with their defaults, for a config file to change; setting an unknown field is an
-    error.
-    """
-    return ConfigDict(_plain(RunConfig(model=ModelConfig())))
+    """All fields with their defaults; in a config file, setting an unknown one is an error."""
+    return ConfigDict(config_defaults(RunConfig))
 
 
-def config_dict(config: Any) -> dict[str, Any]:
-    """A frozen config as plain nested dicts and lists, as `config.json` holds it."""
-    return _plain(config)
+def config_defaults(cls: type) -> dict[str, Any]:
+    """The default of every field of a config dataclass, as plain nested dicts."""
+    values, hints = {}, typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        part = config_class(hints[field.name])
+        if part is not None and (cls is RunConfig or field.default is not None):
+            values[field.name] = config_defaults(part)
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = config_dict(field.default)
+        else:
+            values[field.name] = None
+    return values
 
 
-def _plain(value: Any) -> Any:
+def config_class(hint: Any) -> type | None:
+    """The dataclass that an annotation stands for (`X` or `X | None`), else None."""
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(options) == 1:
+        hint = options[0]
+    return hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
+
+
+def config_dict(value: Any) -> Any:
+    """A frozen config as plain nested dicts and tuples, as `config.json` holds it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: config_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
-        return tuple(_plain(item) for item in value)
+        return tuple(config_dict(item) for item in value)
     return value
 
 
@@ -284,8 +300,8 @@ def describe(
     for field in dataclasses.fields(cls):
         hint, dotted = hints[field.name], f"{prefix}.{field.name}"
         value = values[field.name] if values is not None else None
-        if dataclasses.is_dataclass(hint):
-            rows += describe(typing.cast(type, hint), value, dotted)
+        if (part := config_class(hint)) is not None:
+            rows += describe(part, value, dotted)
         else:
             rows.append((dotted, type_name(hint), repr(value), docs.get(field.name, "")))
     return rows

@@ -38,13 +38,14 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     """Training FLOPs (forward and backward, no recomputation) of one token in a sequence of
     `length`.
     """
-    matrices = (
-        count_parameters(config) - config.vocab_size * config.d_model
-    )  # the embedding is a lookup
-    if config.tied_embeddings:
-        matrices += config.vocab_size * config.d_model  # and the head a product with the same table
-    context = min((length + 1) / 2, config.sliding_window or length)
-    attention = 12 * config.num_layers * config.num_heads * config.resolved_head_dim * context
+    matrices = count_parameters(config)
+    if not config.tied_embeddings:
+        matrices -= config.vocab_size * config.d_model  # an embedding that is no head is a lookup
+    attention = 0.0
+    for segment in config.segments:
+        layer = segment.layer
+        context = min((length + 1) / 2, layer.sliding_window or length)
+        attention += 12 * len(segment) * layer.num_heads * (layer.head_dim or 0) * context
     return 6.0 * matrices + attention
 
 

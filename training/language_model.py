@@ -1,0 +1,172 @@
+"""Training a decoder on text: the task that `train.py` runs, made from a config.
+
+Everything of this kind of run stands here: what a batch's loss is, what its validation means in
+bits per byte, and the text that it writes when it ends.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data import DataConfig, Dataset, build
+from model import ModelConfig, Runtime, Sampling, count_parameters, generate, init, rules
+from sharding import Layout, check_heads
+from training.config import ConfigError, RunConfig
+from training.decoders import decoder
+from training.loop import Result, train
+from training.objectives import language_model
+from training.progress import count, duration
+from training.setup import run_layout
+from training.task import Task, tokens_by_length
+from training.throughput import flops_per_token
+
+Array = jax.Array
+
+
+def train_language_model(
+    config: RunConfig, workdir: str | Path, *, stop_at: int | None = None, quiet: bool = False
+) -> Result:
+    """Train (or resume) the run of a config in a folder; what `python train.py --config=…` does.
+
+    `stop_at` ends after that step without the final report, as if the run had been interrupted.
+    """
+    model, data = _parts(config)
+    first = jax.process_index() == 0 and not quiet
+    say = print if first else lambda *_: None
+    check_lengths(model, data.length)
+    dataset = build(data, say=say)
+    check_vocabulary(model, dataset.tokenizer.vocab_size)
+    dataset.check(config.train.steps)
+    say(dataset.describe(config.train.steps))
+    layout = check_heads(run_layout(config), model.num_heads, model.kv_heads or model.num_heads)
+    task = language_model_task(config, dataset, layout)
+    say(
+        f"model: {count(count_parameters(model))} parameters, {count(task.flops_per_token)} FLOPs "
+        f"a token; {len(layout.mesh.devices.flat)} x {jax.devices()[0].device_kind}"
+    )
+    result = train(task, config, workdir, layout=layout, stop_at=stop_at, quiet=quiet)
+    if result.finished and first:
+        report(result, config, dataset)
+    return result
+
+
+def _parts(config: RunConfig) -> tuple[ModelConfig, DataConfig]:
+    if config.model is None or config.data is None:
+        missing = "model" if config.model is None else "data"
+        raise ConfigError(f"config.{missing} is empty: a language model needs it")
+    return config.model.resolve(), config.data
+
+
+def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | None) -> Task:
+    """The `Task` of a decoder on a dataset."""
+    model, data = _parts(config)
+    runtime = Runtime(
+        compute_dtype=config.train.compute_dtype,
+        remat=config.train.remat,
+        layout=layout,
+        scan_unroll=config.train.scan_unroll,
+    )
+
+    apply = decoder(model, runtime)
+    validation = dataset.validation
+    return Task(
+        init=lambda key: init(model, key),
+        apply=apply,
+        objective=language_model(config.train.z_loss, config.train.label_smoothing),
+        stream=dataset.train,
+        validation=None
+        if validation is None
+        else lambda rows: validation.iterate(0, rows, len(validation)),
+        rules=rules(model),
+        batch_axes=tokens_by_length,
+        batch_size=data.batch_size,
+        derived=lambda metrics: {
+            "bits_per_byte": metrics["loss"] / math.log(2) / dataset.bytes_per_token
+        },
+        flops_per_token=flops_per_token(model, data.length),
+        model=model,
+        files=dataset.tokenizer.files(),
+        manifest=dataset.manifest(),
+    )
+
+
+def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:
+    """Raise `ConfigError` if the tokenizer has ids that the model has no row for."""
+    if tokenizer_size > model.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer_size} entries; use at least {tokenizer_size}"
+        )
+
+
+def check_lengths(model: ModelConfig, length: int) -> None:
+    """Raise `ConfigError` if windows are longer than a learned position table."""
+    if model.positions == "learned" and length + model.position_offset > model.max_length:
+        raise ConfigError(
+            f"config.data.length={length} is longer than the {model.max_length} learned positions "
+            f"of config.model.max_length; use at least {length + model.position_offset} positions, "
+            "or rotary ones"
+        )
+
+
+def report(result: Result, config: RunConfig, dataset: Dataset) -> None:
+    """Print what a finished run has come to: loss, a sample of text, where everything lies."""
+    final = result.evaluation
+    if final:
+        print(
+            f"validation loss {final['loss']:.4f} nats per token, "
+            f"{final['bits_per_byte']:.4f} bits per byte ({int(final['tokens']):,} tokens)"
+        )
+    if config.sample.tokens:
+        prompt, text = sample(result.state.params, config, dataset)
+        print(f"sample: {prompt}\N{RIGHTWARDS ARROW}{text}")
+    print(f"run: {result.workdir}")
+    print(f"plot: {result.workdir / 'loss.png'}")
+
+
+def sample(params: Any, config: RunConfig, dataset: Dataset) -> tuple[str, str]:
+    """`(prompt, continuation)` in the words of the run's tokenizer."""
+    model, _ = _parts(config)
+    settings, tokenizer = config.sample, dataset.tokenizer
+    if settings.prompt:
+        prompt = np.asarray(tokenizer.encode([settings.prompt])[0], np.int32)
+    else:
+        loader = dataset.validation or dataset.train
+        prompt = loader.batch_at(0)["tokens"][0, :16]
+    room = model.max_length - len(prompt) if model.positions == "learned" else settings.tokens
+    made = generate(
+        params,
+        prompt[None],
+        model,
+        max_new_tokens=min(settings.tokens, room),
+        sampling=Sampling(settings.temperature, settings.top_k or None, settings.top_p),
+        rng=jax.random.key(config.seed),
+    )
+    return tokenizer.decode(prompt.tolist()), tokenizer.decode(made.lists()[0])
+
+
+def dry_data(config: RunConfig, workdir: str | Path, seconds: float = 10.0) -> int:
+    """Read batches with no model and print how fast they come and how full they are."""
+    _, data = _parts(config)
+    dataset = build(data)
+    print(dataset.describe(config.train.steps))
+    batches = dataset.train.iterate(0)
+    filled = tokens = steps = 0
+    start = time.perf_counter()
+    while steps < config.train.steps and time.perf_counter() - start < seconds:
+        batch = next(batches)
+        filled += int((batch["segment_ids"] > 0).sum())
+        tokens += batch["tokens"].size
+        steps += 1
+    elapsed = time.perf_counter() - start
+    print(
+        f"{steps} batches in {duration(elapsed)}: {count(tokens / elapsed)} tokens/s, "
+        f"{filled / tokens:.2%} of the windows filled, {1e3 * elapsed / steps:.2f} ms a batch"
+    )
+    return 0

@@ -1,0 +1,386 @@
+"""The training loop: batches in, steps, evaluations, checkpoints and faults, whatever is trained.
+
+One step is always on its way while the host reads the metrics of the one before, so the device
+never waits for the record. What a fault is and what to do about it is decided in `training.faults`;
+here it is carried out. `step` is the number of updates done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sharding import Layout
+from training.checkpoints import Checkpoints
+from training.config import RunConfig, config_dict
+from training.deferral import DeferredStream
+from training.errors import RunError
+from training.evaluation import evaluate
+from training.faults import Action, SpikeDetector, decide
+from training.json_lines import plain
+from training.profiler import Profiler
+from training.progress import RunProgress, count
+from training.provenance import provenance
+from training.record import Record, combine
+from training.setup import Functions, prepare, run_layout
+from training.signals import GracefulStop
+from training.state import TrainState
+from training.stragglers import StepTimes, gather, stragglers
+from training.task import Batch, Stream, Task
+from training.throughput import Clock, model_flops_utilization
+from training.watchdog import Watchdog
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: its state, the last evaluation, and whether all steps were done."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    workdir: Path
+    evaluation: Mapping[str, float]
+    reason: str = ""
+
+    @property
+    def exit_status(self) -> int:
+        """0 for a finished run, 3 for one that stopped early and can be resumed."""
+        return 0 if self.finished else 3
+
+
+@dataclasses.dataclass
+class _Sent:
+    """A step on its way: what will be recorded once its metrics are there."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    hash: int
+    data_seconds: float
+
+
+def train(
+    task: Task,
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    layout: Layout | None = None,
+    stop_at: int | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Train a task in a folder, or go on with the run that stands there.
+
+    `stop_at` saves and ends after that many steps, as an interruption would. Raises `RunError` if
+    the folder holds something else, if a fault's policy says stop, or if nothing can be restored.
+    """
+    functions = prepare(task, config, layout or run_layout(config))
+    with contextlib.ExitStack() as stack:
+        record = stack.enter_context(Record(workdir, config_dict(config)))
+        checkpoints = stack.enter_context(Checkpoints(record.folder.checkpoints, config.checkpoint))
+        watchdog = stack.enter_context(
+            Watchdog(
+                record.incidents,
+                config.faults.watchdog_seconds,
+                config.faults.watchdog_long_seconds,
+            )
+        )
+        run = Training(functions, config, record, checkpoints, watchdog)
+        run.begin()
+        visible = jax.process_index() == 0 and not quiet
+        run.progress = stack.enter_context(RunProgress(config.train.steps, run.step, visible))
+        run.announce()
+        stop = stack.enter_context(GracefulStop())
+        try:
+            run.until(min(stop_at or config.train.steps, config.train.steps), stop)
+        finally:
+            run.close()
+        return run.finish(stop.reason or ("" if stop_at is None else f"stopped at step {stop_at}"))
+
+
+class Training:
+    """A run under way: all that changes between steps, and the acts of which a run is made."""
+
+    def __init__(
+        self,
+        functions: Functions,
+        config: RunConfig,
+        record: Record,
+        checkpoints: Checkpoints,
+        watchdog: Watchdog,
+    ) -> None:
+        self.functions, self.config, self.task = functions, config, functions.task
+        self.record, self.checkpoints, self.watchdog = record, checkpoints, watchdog
+        self.progress = RunProgress(config.train.steps, visible=False)
+        self.clock, self.times = Clock(), StepTimes()
+        self.profiler = Profiler(record.folder.root / "profile", config.train)
+        self.detector = SpikeDetector.from_config(config.faults)
+        self.evaluation: dict[str, float] = {}
+        self.step = self.saved = 0
+        self.state: TrainState
+        self._sent: _Sent | None = None
+        self._batches: Iterator[Batch] | None = None
+
+    def begin(self) -> None:
+        """Make the state, or restore the newest good checkpoint; set record and data to it."""
+        self.watchdog.beat(0, "restore")
+        if self.record.data and self.record.data != plain(self.task.manifest):
+            raise RunError(
+                f"{self.record.folder.order}: the data has changed since this run began, so its "
+                "order cannot be continued; restore the files, or choose another --workdir"
+            )
+        latest = self.checkpoints.latest_good()
+        if latest is None:
+            self.state = self.functions.create()
+        else:
+            self._restore(latest)
+        self.record.rewind(self.step)
+        self.record.write_data(self.task.manifest)
+
+    def announce(self) -> None:
+        """Say where the run begins, and what was changed since it was last under way."""
+        for name, (before, now) in self.record.changed.items():
+            self.progress.say(f"changed since the run began: {name} {before!r} -> {now!r}")
+        if self.step:
+            self.progress.say(f"resuming {self.record.folder.root} from step {self.step}")
+            self.record.incidents.add("restart", step=self.step, changed=self.record.changed)
+
+    def until(self, last: int, stop: GracefulStop) -> None:
+        """Take steps up to `last`, or until a signal asks to stop."""
+        self.watchdog.beat(self.step, "compile")
+        self.clock.mark()
+        while self.step < last:
+            self._take_step()
+            if self._due(self.config.evaluation.every) and self.step < self.config.train.steps:
+                self._settle()
+                self.evaluate(self.config.evaluation.batches)
+            if self._due(self.config.checkpoint.every):
+                self._settle()
+                self.save()
+            every_host = jax.process_count() == 1 or self._due(self.config.train.log_every)
+            if every_host and stop.anywhere():
+                break
+        self._settle()
+
+    def finish(self, reason: str) -> Result:
+        """Save the last step, evaluate if the run is complete, draw the plot."""
+        total = self.config.train.steps
+        finished = self.step >= total
+        if finished:
+            self.evaluate(self.config.evaluation.final_batches)
+        if self.saved != self.step:
+            self.save()
+        self.watchdog.beat(self.step, "checkpoint")
+        self.checkpoints.wait()
+        self.record.plot()
+        if not finished:
+            self.record.incidents.add("interrupted", step=self.step, reason=reason)
+            self.progress.say(
+                f"stopped ({reason}); saved step {self.step} of {total} in "
+                f"{self.record.folder.root}; the same command resumes it"
+            )
+        root = self.record.folder.root
+        return Result(self.state, self.step, finished, root, self.evaluation, reason)
+
+    def close(self) -> None:
+        """Stop what runs beside the steps."""
+        self.profiler.close()
+        self._close_batches()
+
+    def evaluate(self, limit: int) -> None:
+        """Validate the parameters (their average too, if one is kept) and record it."""
+        if self.task.validation is None:
+            return
+        self.watchdog.beat(self.step, "evaluation")
+        start = time.perf_counter()
+        row = self._evaluate(self.state.params, limit)
+        if self.state.ema is not None:
+            averaged = self._evaluate(self.functions.averaged(self.state), limit)
+            row |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}
+        self.evaluation = row
+        self.record.evaluation(self.step, row)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "tokens")
+        self.progress.say(f"step {self.step}  validation: {shown}")
+        self.clock.evaluation(time.perf_counter() - start)
+        self._back_to_steps()
+
+    def save(self) -> None:
+        """Start saving the state in the background; blocks while it is copied to the host."""
+        self.watchdog.beat(self.step, "checkpoint")
+        metrics = {f"validation_{name}": value for name, value in self.evaluation.items()}
+        self.checkpoints.save(
+            self.step,
+            self.state,
+            self.task.model,
+            self.task.files,
+            {"step": self.step, "detector": self.detector.state()},
+            metrics,
+            provenance("train", {"run": str(self.record.folder.root), "step": self.step}),
+        )
+        self.saved = self.step
+        self._back_to_steps()
+
+    def _take_step(self) -> None:
+        self.profiler.step(self.step)
+        start = time.perf_counter()
+        batch = next(self._open_batches())
+        data_seconds = time.perf_counter() - start
+        hashed = self.functions.hash(batch)
+        self.state, metrics = self.functions.step(self.state, self.functions.put(batch))
+        self.step += 1
+        sent, self._sent = self._sent, _Sent(self.step, metrics, hashed, data_seconds)
+        if sent is not None:
+            self._receive(sent)
+
+    def _settle(self) -> None:
+        """Wait for the step on its way."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            self._receive(sent)
+
+    def _receive(self, sent: _Sent) -> None:
+        """Record a step that has ended, look for faults, and act on them."""
+        start = time.perf_counter()
+        values = {name: float(value) for name, value in jax.device_get(sent.metrics).items()}
+        waited = time.perf_counter() - start
+        seconds = self.clock.step()
+        self.times.add(seconds, waited)
+        self.watchdog.beat(sent.step)
+        tokens_per_second = values["tokens"] / seconds
+        speed = {
+            "step_seconds": seconds,
+            "data_seconds": sent.data_seconds,
+            "tokens_per_second": tokens_per_second,
+        }
+        self.record.metrics(sent.step, values | speed, self._combined(sent.step, sent.hash))
+        self._show(sent.step, values)
+        if sent.step % self.config.train.log_every == 0:
+            self._look_for_stragglers(sent.step)
+        self.checkpoints.check()
+        self._act(sent.step, values)
+
+    def _act(self, step: int, values: Mapping[str, float]) -> None:
+        incident = self.detector.update(step, values["loss"], values["grad_norm"])
+        if incident is None:
+            return
+        action = decide(
+            incident,
+            self.config.faults,
+            [saved for saved in self.checkpoints.steps() if saved <= step],
+            self.record.rollbacks,
+            self._stream().batch_index,
+        )
+        facts = {k: v for k, v in dataclasses.asdict(incident).items() if k != "kind"}
+        self.record.incidents.add(incident.kind, action=action.kind, **facts)
+        self.progress.say(f"step {step}: {action.reason}")
+        if action.kind == "stop":
+            self._sent = None
+            raise RunError(f"{action.reason}; {self.record.folder.incidents} holds the incident")
+        if action.kind == "rollback":
+            self._roll_back(action, step, values["loss"])
+
+    def _roll_back(self, action: Action, step: int, loss: float) -> None:
+        assert action.to_step is not None
+        assert action.batches is not None
+        self._sent = None
+        self.checkpoints.wait()
+        branch = f"{step:08d}" if self.config.faults.keep_branches else ""
+        folder = self.record.folder.branches / branch / "checkpoints" if branch else None
+        self.checkpoints.abandon(action.to_step, folder)
+        self.record.drop(action.batches, action.defer)
+        self._close_batches()
+        self._restore(action.to_step)
+        self.record.rewind(self.step, branch)
+        self.record.incidents.add(
+            "rollback",
+            step=step,
+            to_step=self.step,
+            batches=action.batches,
+            deferred=action.defer,
+            loss=loss,
+        )
+        what = "deferred to the end" if action.defer else "never to be used again"
+        self.progress.say(
+            f"rolled back to step {self.step}; batches {action.batches[0]} to "
+            f"{action.batches[1] - 1} are {what}"
+        )
+        self._back_to_steps()
+
+    def _restore(self, step: int) -> None:
+        self.state, cursor = self.checkpoints.restore(
+            step, self.functions.abstract, self.task.model
+        )
+        self.step = self.saved = int(cursor["step"])
+        self.detector = SpikeDetector.from_config(self.config.faults, cursor["detector"])
+
+    def _evaluate(self, params: Any, limit: int) -> dict[str, float]:
+        assert self.task.validation is not None
+        batches = self.task.validation(self.functions.rows)
+        metrics = evaluate(
+            self.functions.evaluation_step,
+            params,
+            batches,
+            limit=limit or None,
+            put=self.functions.put,
+        )
+        return metrics | dict(self.task.derived(metrics))
+
+    def _stream(self) -> Stream:
+        skips, deferred = self.record.skips, self.record.deferred
+        if deferred:
+            return DeferredStream(self.task.stream, deferred, self.config.train.steps, skips)
+        return self.task.stream.with_skips(skips)
+
+    def _open_batches(self) -> Iterator[Batch]:
+        if self._batches is None:
+            self._batches = iter(self._stream().iterate(self.step, self.functions.rows))
+        return self._batches
+
+    def _close_batches(self) -> None:
+        if self._batches is not None and hasattr(self._batches, "close"):
+            self._batches.close()  # pyright: ignore
+        self._batches = None
+
+    def _combined(self, step: int, mine: int) -> str:
+        """The hash of the whole batch; with several processes only where they meet anyway."""
+        if jax.process_count() == 1:
+            return combine([mine])
+        if step % self.config.train.log_every:
+            return ""
+        parts = np.array([mine >> 32, mine & 0xFFFFFFFF], np.uint32)
+        gathered = np.asarray(multihost_utils.process_allgather(parts)).reshape(-1, 2)
+        return combine([(int(high) << 32) + int(low) for high, low in gathered])
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _back_to_steps(self) -> None:
+        self.watchdog.beat(self.step)
+        self.clock.mark()
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        seconds = self.clock.step_seconds()
+        text = f"loss {values['loss']:.4f}"
+        if seconds is not None:
+            speed = values["tokens"] / seconds
+            text += f"  {count(speed)} tokens/s"
+            devices = self.functions.layout.mesh.size
+            mfu = model_flops_utilization(speed, self.task.flops_per_token, devices)
+            text += f"  MFU {mfu:.1%}" if mfu else ""
+        left = self.config.train.steps - step
+        every = self.config.evaluation.every
+        evaluations = 1 + (left // every if every else 0)
+        self.progress.update(step, text, self.clock.seconds_left(left, evaluations))
+
+    def _look_for_stragglers(self, step: int) -> None:
+        if jax.process_count() == 1:
+            return
+        for slow in stragglers(gather(self.times.summary())):
+            self.record.incidents.add("straggler", step=step, **dataclasses.asdict(slow))
+            self.progress.say(f"step {step}: {slow}")

@@ -1,0 +1,139 @@
+"""What stands before the first step: mesh, shardings, compiled functions and the state, new or
+restored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from sharding import Layout, derive_rules, global_array, make_layout, make_mesh, rows_of_process
+from training.config import RunConfig
+from training.evaluation import EvaluationStep, make_evaluation_step
+from training.optimizers import make_optimizer
+from training.record import batch_hash
+from training.schedules import make_schedule
+from training.state import Placement, TrainState, abstract_state, init_state, place
+from training.step import Step, make_step
+from training.task import Batch, Task
+from training.trainable import Predicate, by_patterns, merge, split_trainable
+
+Array = jax.Array
+
+
+def run_layout(config: RunConfig) -> Layout:
+    """The mesh of a config over all devices, with its sharding tables."""
+    return make_layout(make_mesh(config.mesh), config.sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The compiled parts of a run and where its arrays live."""
+
+    task: Task
+    layout: Layout
+    placement: Placement
+    abstract: TrainState
+    step: Step
+    evaluation_step: EvaluationStep
+    create: Any
+    trainable: Predicate
+    rows: np.ndarray
+    own: np.ndarray
+
+    def hash(self, batch: Batch) -> int:
+        """The part of a batch's hash that this process adds: of rows that no process before has."""
+        own = {name: np.asarray(array)[self.own] for name, array in batch.items()}
+        return batch_hash(own, int(self.rows[self.own][0])) if self.own.any() else 0
+
+    def averaged(self, state: TrainState) -> Any:
+        """The averaged parameters, with those that do not train as they are."""
+        return merge(state.ema, split_trainable(state.params, self.trainable)[1])
+
+    def put(self, batch: Batch) -> dict[str, Array]:
+        """This host's rows of a batch as arrays over the whole mesh."""
+        arrays = {name: np.asarray(array) for name, array in batch.items()}
+        shardings = {
+            name: self.layout.sharding(self.task.batch_axes(name, array))
+            for name, array in arrays.items()
+        }
+        if jax.process_count() == 1:
+            return jax.device_put(arrays, shardings)
+        return {name: global_array(arrays[name], shardings[name]) for name in arrays}
+
+
+def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
+    """Shardings and compiled functions of a run; nothing is allocated yet.
+
+    Raises `ValueError` that names the field where a batch, a rule or a pattern does not fit.
+    """
+    rows_per_device = layout.size("batch") * config.train.accumulation
+    if task.batch_size % rows_per_device:
+        raise ValueError(
+            f"a batch of {task.batch_size} rows does not divide into {layout.size('batch')} devices"
+            f" x {config.train.accumulation} micro-batches; use a multiple of {rows_per_device}"
+        )
+    abstract_params = jax.eval_shape(task.init, jax.random.key(0))
+    rules = task.rules
+    if rules is None or config.sharding.rules == "auto":
+        rules = derive_rules(abstract_params, "tensor", layout.mesh.shape["tensor"])
+    trainable = by_patterns((config.train.trainable,), abstract_params, "train.trainable")
+    ours, _ = split_trainable(abstract_params, trainable)
+    optimizer = make_optimizer(config.optimizer, ours, rules)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
+    ema = config.train.ema_decay > 0
+    abstract = abstract_state(abstract_params, optimizer, trainable, ema)
+    placement = place(abstract, rules, layout, trainable)
+    by_batch = layout.sharding(("batch",))
+    rows = rows_of_process(by_batch, task.batch_size)
+    earlier = [
+        rows_of_process(by_batch, task.batch_size, process)
+        for process in range(jax.process_index())
+    ]
+    return Functions(
+        task=task,
+        layout=layout,
+        placement=placement,
+        abstract=placed(abstract, placement.state),
+        step=make_step(
+            task.objective,
+            task.apply,
+            optimizer,
+            schedule,
+            accumulation=config.train.accumulation,
+            clip_norm=config.train.clip_norm or None,
+            trainable=trainable,
+            ema_decay=config.train.ema_decay or None,
+            nonfinite="propagate" if config.faults.nonfinite == "stop" else "skip",
+            placement=placement,
+        ),
+        evaluation_step=make_evaluation_step(task.objective, task.apply),
+        create=lambda: _create(task, optimizer, config, trainable, ema, placement),
+        trainable=trainable,
+        rows=rows,
+        own=~np.isin(rows, np.concatenate(earlier) if earlier else []),
+    )
+
+
+def _create(
+    task: Task,
+    optimizer: Any,
+    config: RunConfig,
+    trainable: Predicate,
+    ema: bool,
+    placement: Placement,
+) -> TrainState:
+    key = jax.random.key(config.seed)
+    return init_state(task.init, optimizer, key, trainable, ema, placement)
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with the shardings they will have, which is what a restore needs."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
