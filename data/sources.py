@@ -310,8 +310,9 @@ def _read_jsonl(path: str, source: Source) -> Iterator[Fields]:
     offset = 0
     with raw, stream:
         for line in stream:
-            body = _without_bom(line) if offset == 0 else line
-            yield (*_parse_line(body, offset, source.text_key), raw.tell())
+            body = (_without_bom(line) if offset == 0 else line).rstrip(b"\r\n")
+            if body.strip():
+                yield (*_parse_line(body, offset, source.text_key), raw.tell())
             offset += len(line)
 
 

@@ -80,9 +80,10 @@ def tokenize(
 
 
 def _build(job: _Job) -> None:
-    for leftover in job.folder.glob("*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     shards = _finished_shards(job)
+    finished = {shard_folder(job.folder, number) for number in range(len(shards))}
+    for leftover in set(job.folder.glob("shard-*")) - finished:
+        shutil.rmtree(leftover)
     start = shards[-1]["next_row"] if shards else 0
     if shards:
         job.say(f"tokenizing {job.source.spec}: going on after {len(shards)} finished shards")
@@ -116,7 +117,8 @@ class _Batch:
 
 
 def _encoded(job: _Job, start: int) -> Iterator[_Batch]:
-    """Batches of about a megabyte of text, from row id `start` on."""
+    """Batches of about a megabyte of text (less for small shards), from row id `start` on."""
+    enough = min(BATCH_CHARACTERS, job.options.shard_tokens)
     held: list[Row] = []
     characters = 0
     for row in job.source.rows(start):
@@ -124,7 +126,7 @@ def _encoded(job: _Job, start: int) -> Iterator[_Batch]:
             raise row.error
         held.append(row)
         characters += len(row.text or "") + 1
-        if characters >= BATCH_CHARACTERS:
+        if characters >= enough:
             yield _encode(job, held)
             held, characters = [], 0
     if held:
