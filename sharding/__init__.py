@@ -18,7 +18,7 @@ from sharding.distributed import (
 from sharding.layout import TABLE, Layout, ShardingConfig, check_heads, make_layout
 from sharding.mesh import AXES, MeshConfig, make_mesh
 from sharding.partition import check_divisible, partition, sharded_init, state_shardings
-from sharding.rules import Rule, match_rules, prefixed, rules_table
+from sharding.rules import Rule, match_rules, override_axes, prefixed, rules_table
 
 __all__ = [
     "AXES",
@@ -39,6 +39,7 @@ __all__ = [
     "make_layout",
     "make_mesh",
     "match_rules",
+    "override_axes",
     "partition",
     "prefixed",
     "rows_of_process",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from weights import nearest
 
@@ -68,8 +68,29 @@ def match_rules(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
     used = {id(rule) for rule in matched.values()}
     idle = [rule for rule in rules if id(rule) not in used]
     if idle:
-        raise ValueError("\n".join(_matches_nothing(rule, matched) for rule in idle))
+        raise ValueError("\n".join(_matches_nothing(rule, matched, matched) for rule in idle))
     return matched
+
+
+def override_axes(
+    rules: Sequence[Rule], changes: Iterable[tuple[str, Axes]], paths: Iterable[str]
+) -> tuple[Rule, ...]:
+    """The rules with other logical axes where a `(pattern, axes)` change matches, all else kept.
+
+    The first change that matches a path counts. Raises `ValueError` for one that matches none.
+    """
+    matched, changes = match_rules(rules, paths), tuple(changes)
+    new = {}
+    for pattern, axes in changes:
+        wanted = Rule(pattern, axes)
+        found = [path for path in matched if wanted.matches(path)]
+        if not found:
+            raise ValueError(_matches_nothing(wanted, {}, matched))
+        for path in found:
+            exact = dataclasses.replace(matched[path], pattern=re.escape(path), axes=axes)
+            new.setdefault(path, exact)
+    kept = {matched[path].pattern for path in matched if path not in new}
+    return (*new.values(), *(rule for rule in rules if rule.pattern in kept))
 
 
 def prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:
@@ -103,12 +124,12 @@ def _no_rule(orphans: Sequence[str], rules: Sequence[Rule]) -> str:
     return f"no sharding rule matches these arrays; add a rule for them:\n{shown}{more}"
 
 
-def _matches_nothing(rule: Rule, matched: dict[str, Rule]) -> str:
+def _matches_nothing(rule: Rule, matched: Mapping[str, Rule], paths: Iterable[str]) -> str:
     hidden = [path for path in matched if rule.matches(path)]
     if hidden:
         return (
             f"sharding rule {rule.pattern!r} never applies: {hidden[0]} and all else it matches "
             f"is taken by an earlier rule ({matched[hidden[0]].pattern!r}); move it up or remove it"
         )
-    close = nearest(rule.pattern, matched) or "none"
+    close = nearest(rule.pattern, paths) or "none"
     return f"sharding rule {rule.pattern!r} matches no array; nearest paths: {close}"

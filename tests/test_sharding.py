@@ -25,6 +25,7 @@ from sharding import (
     make_layout,
     make_mesh,
     match_rules,
+    override_axes,
     partition,
     prefixed,
     rules_table,
@@ -178,6 +179,18 @@ def test_rules_of_a_model_hold_below_a_prefix_and_stacked_layers_keep_their_axis
     for name in tree:
         kernel = shardings[name]["layers"]["000-003"]["query"]["kernel"]
         assert kernel.spec == P(None, None, "tensor")
+
+
+def test_axes_can_be_changed_by_pattern_while_multipliers_stay():
+    paths = weights.paths(_params())
+    changed = override_axes(RULES, [("embed/.*", (None, "d_model"))], paths)
+    rule = match_rules(changed, paths)
+    assert rule["embed/table"].axes == (None, "d_model")
+    everywhere = override_axes(RULES, [(".*/scale", ("d_model",))], paths)
+    scale = match_rules(everywhere, paths)["final_norm/scale"]
+    assert (scale.axes, scale.init, scale.weight_decay) == (("d_model",), "ones", 0.0)
+    with pytest.raises(ValueError, match=r"'embd/table' matches no array; nearest.*embed/table"):
+        override_axes(RULES, [("embd/table", ())], paths)
 
 
 def test_rules_print_as_python_that_reads_back():
