@@ -31,9 +31,7 @@ from weights import flatten, from_arrays, from_flat, nearest, to_arrays
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model that was read: what it is, its parameters, the files beside it and where it came
-    from.
-    """
+    """A model that was read: what it is, its parameters, its files and where it came from."""
 
     config: ModelConfig
     params: Any
@@ -49,8 +47,7 @@ def save(
     files: Mapping[str, bytes | str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint folder; returns once it is complete on the disk, and leaves nothing if it
-    fails.
+    """Write a checkpoint folder; it is complete on the disk when this returns, or not there at all.
 
     `files` travel with the model under their names (tokenizer.json, chat_template.jinja). Every
     process calls this, with a folder that all of them see. Raises `CheckpointError` if the folder
@@ -76,8 +73,7 @@ def save(
 
 
 def load(folder: str | Path, layout: Layout | None = None, dtype: Any = None) -> Checkpoint:
-    """Read a model from a checkpoint, a `checkpoints/` folder or a run (its newest good
-    checkpoint).
+    """Read a model from a checkpoint, or the newest good one of a run or `checkpoints/` folder.
 
     With a `layout` each array is read straight into its shards by the model's rules, otherwise onto
     the first device. `dtype` casts floating dense arrays; a weight format's own arrays keep theirs.
@@ -98,18 +94,16 @@ def load(folder: str | Path, layout: Layout | None = None, dtype: Any = None) ->
 
 def write_description(
     folder: Path,
-    config: ModelConfig,
+    config: ModelConfig | None,
     params: Any,
     files: Mapping[str, bytes | str],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write `model.json`, `provenance.json` and the files beside the arrays of a folder (one
-    process only).
-    """
+    """Write `model.json`, `provenance.json` and the other small files (one process only)."""
     folders.write_files(folder, files)
     model = {
         "format": 1,
-        "config": dataclasses.asdict(config),
+        "config": None if config is None else dataclasses.asdict(config),
         "weights": to_arrays(params)[1],
         "files": sorted(files),
     }
@@ -118,22 +112,20 @@ def write_description(
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, dict[str, Any]], list[str]]:
-    """What `model.json` holds: the config, the weight format at each path, the names of the files
-    beside it.
-    """
+    """What `model.json` holds: config, weight format at each path, names of other files."""
     path = folder / folders.MODEL
     content = folders.read_json(path)
     try:
         config, description, names = content["config"], content["weights"], content["files"]
     except (KeyError, TypeError):
         raise CheckpointError(f"{path} lacks one of config, weights, files") from None
+    if config is None:
+        raise CheckpointError(f"{path}: its params are no decoder's; only their own run reads them")
     return from_json(ModelConfig, config, f"{path}: config"), description, names
 
 
 def from_json(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """A frozen dataclass from what `dataclasses.asdict` made of it and JSON kept; absent fields
-    take their defaults.
-    """
+    """The frozen dataclass whose `asdict` went through JSON; absent fields take their defaults."""
     hints = typing.get_type_hints(cls)
     unknown = [name for name in values if name not in hints]
     if unknown:
@@ -154,9 +146,7 @@ def _typed(hint: Any, value: Any) -> Any:
 
 
 def check_config(folder: Path, wanted: ModelConfig) -> None:
-    """Raise `CheckpointError` naming the first fields in which the checkpoint's model is not the
-    wanted one.
-    """
+    """Raise `CheckpointError` naming the first fields that are not those of the wanted model."""
     found = read_model(folder)[0].resolve()
     wanted = wanted.resolve()
     names = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -219,25 +209,25 @@ def remove_partial(partial: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def on_first_process(function: Callable[[], str], limit: int = 4096) -> str:
-    """The text that `function` gives on process 0, on every process; its `CheckpointError` is
-    raised on all.
-    """
+def on_first_process(
+    function: Callable[[], str], error: type[Exception] = CheckpointError, limit: int = 4096
+) -> str:
+    """What `function` gives on process 0, on all; what it raises becomes `error` on all."""
     if jax.process_count() == 1:
         return function()
     failed, text = False, ""
     if jax.process_index() == 0:
         try:
             text = function()
-        except CheckpointError as error:
-            failed, text = True, str(error)
+        except Exception as problem:
+            failed, text = True, str(problem)
     message = np.zeros(limit, np.uint8)
     encoded = (("!" if failed else "=") + text).encode()[:limit]
     message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(message)))
     text = received.rstrip(b"\0").decode(errors="replace")
     if text.startswith("!"):
-        raise CheckpointError(text[1:])
+        raise error(text[1:])
     return text[1:]
 
 

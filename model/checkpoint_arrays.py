@@ -24,9 +24,7 @@ Arrays = dict[str, Any]
 
 
 def by_path(tree: Any) -> Arrays:
-    """`{path: leaf}` of every array, those inside weight formats included; raises if two have the
-    same path.
-    """
+    """`{path: leaf}` of every array, those inside weight formats included."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {path_string(key_path): leaf for key_path, leaf in leaves}
     if len(named) != len(leaves):
@@ -88,9 +86,7 @@ def restore(folder: Path, wanted: Arrays, cast: bool = False) -> Arrays:
 def check_arrays(
     folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], cast: bool = False
 ) -> None:
-    """Raise `CheckpointError` naming the first paths at which a checkpoint and the wanted tree
-    differ.
-    """
+    """Raise `CheckpointError` naming the first paths at which two trees of arrays differ."""
     missing = [path for path in wanted if path not in found]
     other = [
         f"{path} is {_describe(found[path], cast)}, wanted {_describe(wanted[path], cast)}"
@@ -107,10 +103,11 @@ def check_arrays(
 
 def _describe(leaf: Any, cast: bool) -> str:
     shape = str(list(np.shape(leaf)))
-    return shape if cast else f"{_dtype(leaf)}{shape}"
+    return shape if cast else f"{dtype_of(leaf)}{shape}"
 
 
-def _dtype(leaf: Any) -> Any:
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, or that of a Python number as an array."""
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
@@ -122,7 +119,7 @@ def _first(names: list[str], count: int = 3) -> str:
 def _restore_argument(leaf: Any) -> ocp.RestoreArgs:
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) or _on_own_device(sharding):
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=_dtype(leaf))
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype_of(leaf))
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 

@@ -128,11 +128,13 @@ def commit(partial: Path, checksums: bool = True) -> Path:
     return final
 
 
-def problem(folder: Path, parts: Iterable[str] = (PARAMS, TRAIN_STATE)) -> str | None:
+def problem(
+    folder: Path, parts: Iterable[str] = (PARAMS, TRAIN_STATE), read: bool = True
+) -> str | None:
     """Why a checkpoint cannot be used, or None if it is whole.
 
-    Every file must have the size and checksum of `commit.json`; of the array folders only `parts`
-    are looked at.
+    Every file must have the size and, with `read`, the checksum of `commit.json`; of the array
+    folders only `parts` are looked at.
     """
     if not folder.is_dir():
         return "no such folder"
@@ -143,14 +145,11 @@ def problem(folder: Path, parts: Iterable[str] = (PARAMS, TRAIN_STATE)) -> str |
     except (CheckpointError, KeyError, TypeError):
         return f"corrupt: {COMMIT} cannot be read"
     wanted = set(parts)
-    named = {
-        path: entry
-        for path, entry in listing.items()
-        if "/" not in path or path.split("/")[0] in wanted
-    }
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda path: _file_problem(folder / path, path, *named[path]), named)
-        return next((text for text in found if text), None)
+    names = [name for name in listing if "/" not in name or name.split("/")[0] in wanted]
+    wrong_size = (_size_problem(folder, name, listing[name][0]) for name in names)
+    return next(filter(None, wrong_size), None) or (
+        _checksum_problem(folder, {name: listing[name][1] for name in names}) if read else None
+    )
 
 
 def newest_good(folder: Path, parts: Iterable[str] = (PARAMS, TRAIN_STATE)) -> int | None:
@@ -224,14 +223,19 @@ def recover(folder: Path) -> None:
         shutil.rmtree(entry)
 
 
-def _file_problem(path: Path, name: str, size: int, checksum: int | None) -> str | None:
-    if not path.is_file():
+def _size_problem(folder: Path, name: str, size: int) -> str | None:
+    if not (folder / name).is_file():
         return f"corrupt: {name} is missing"
-    if path.stat().st_size != size:
-        return f"corrupt: {name} has {path.stat().st_size} bytes, {COMMIT} says {size}"
-    if checksum is not None and _checksum(path) != checksum:
-        return f"corrupt: the content of {name} does not match its checksum"
-    return None
+    found = (folder / name).stat().st_size
+    return None if found == size else f"corrupt: {name} has {found} bytes, {COMMIT} says {size}"
+
+
+def _checksum_problem(folder: Path, checksums: Mapping[str, int | None]) -> str | None:
+    names = [name for name, checksum in checksums.items() if checksum is not None]
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda name: _checksum(folder / name), names)
+        wrong = [n for n, value in zip(names, found, strict=True) if value != checksums[n]]
+    return f"corrupt: the content of {wrong[0]} does not match its checksum" if wrong else None
 
 
 def _files(folder: Path) -> list[Path]:

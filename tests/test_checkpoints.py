@@ -129,6 +129,7 @@ def test_a_named_step_that_is_damaged_is_an_error_and_the_newest_is_passed_over(
         checkpoints.wait()
         (tmp_path / "00000002" / "cursor.json").write_text("{")
         assert checkpoints.latest_good() == 1
+        assert checkpoints.good_steps() == [1]
         assert "skipped checkpoint" in caplog.text
         assert checkpoints.restore(None, state(1))[1] == {"draw": 1}
         with pytest.raises(

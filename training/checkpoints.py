@@ -9,6 +9,7 @@ processes must see the same file system.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 import threading
@@ -87,7 +88,7 @@ class Checkpoints:
         self,
         step: int,
         state: Any,
-        config: ModelConfig,
+        config: ModelConfig | None,
         files: Mapping[str, bytes | str] | None = None,
         cursor: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
@@ -159,6 +160,14 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, ascending."""
         return folders.steps(self.folder)
+
+    def good_steps(self) -> list[int]:
+        """Steps whose checkpoints have all their files in full size, the same on all processes.
+
+        Waits for the save under way; does not read the files, which `restore` does.
+        """
+        self.wait()
+        return json.loads(on_first_process(lambda: json.dumps(self._complete())))
 
     def latest_good(self) -> int | None:
         """The newest step whose checkpoint is whole; each one passed over is named in a warning."""
@@ -243,6 +252,13 @@ class Checkpoints:
             f"the run {outcome}"
         )
 
+    def _complete(self) -> list[int]:
+        return [
+            step
+            for step in self.steps()
+            if folders.problem(self.folder / folders.step_name(step), read=False) is None
+        ]
+
     def _whole(self, step: int | None) -> int:
         if step is None:
             step = folders.newest_good(self.folder)
@@ -261,11 +277,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Delete what no policy keeps; only ever called once a newer checkpoint is committed."""
-        good = {
-            step: self.metrics(step)
-            for step in self.steps()
-            if (self.folder / folders.step_name(step) / folders.COMMIT).is_file()
-        }
+        good = {step: self._metrics_if_readable(step) for step in self._complete()}
         rules = self.config
         keep = kept(
             good,
@@ -277,6 +289,12 @@ class Checkpoints:
         )
         for step in set(good) - keep:
             folders.discard(self.folder / folders.step_name(step))
+
+    def _metrics_if_readable(self, step: int) -> dict[str, float]:
+        try:
+            return self.metrics(step)
+        except (CheckpointError, KeyError, TypeError):
+            return {}
 
     def _move(self, steps: list[int], branch: Path | None) -> str:
         for step in steps:
@@ -298,7 +316,7 @@ def split(state: Any) -> tuple[Any, dict[str, Any]]:
 
 def _shape_only(leaf: Any) -> Any:
     """What `model.json` needs of an array, so that the background thread holds no device memory."""
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+    return jax.ShapeDtypeStruct(np.shape(leaf), arrays.dtype_of(leaf))
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
