@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from data.dataset import build
-from data.show import load_data_config, show
+from data.show import read_run, show
 from data.sources import open_source
 from data.store import StoreOptions
 from data.tokenizer import ByteTokenizer, load_tokenizer
@@ -57,11 +57,13 @@ def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
 def _show(known: argparse.Namespace, overrides: dict[str, str]) -> None:
     if bool(known.run) == bool(known.config):
         raise ValueError("give a run's folder or --config=FILE, one of them")
-    config, skips = load_data_config(known.run or known.config, overrides)
+    run = read_run(known.run or known.config, overrides)
     if known.step < 0:
         raise ValueError(f"--step={known.step}: steps count from 0")
-    dataset = build(config, known.cache, say=lambda line: print(line, file=sys.stderr))
-    show(dataset.with_skips(skips), known.step, known.row, whole=known.text)
+    dataset = build(run.config, known.cache, say=lambda line: print(line, file=sys.stderr))
+    batch = run.batch_index(known.step)
+    print(f"step {known.step}" + (f" reads batch {batch}" if batch != known.step else ""))
+    show(dataset, batch, known.row, whole=known.text)
 
 
 def _tokenize(known: argparse.Namespace) -> None:

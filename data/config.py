@@ -111,7 +111,8 @@ class DataConfig:
     max_epochs: passes over a source that are allowed, more is an error at start; 0 allows any.
     validation_path: text to validate on, in place of a part held out.
     validation_fraction: part of the text held out for validation where there is no validation_path.
-    validation_split: hash holds out whole documents by content, tail the last part of the text.
+    validation_split: hash holds out whole documents by content, tail the last part of the text,
+        auto is hash from 100 documents on, else tail.
     workers: processes that make batches; 0 makes them in a thread of the training process.
     prefetch: batches made ahead of the step.
     cache_dir: where tokens are kept; empty lets the caller choose, or ~/.cache/sheaf.
@@ -139,7 +140,7 @@ class DataConfig:
     max_epochs: float = 0.0
     validation_path: str = ""
     validation_fraction: float = 0.05
-    validation_split: str = "hash"
+    validation_split: str = "auto"
     workers: int = 0
     prefetch: int = 4
     cache_dir: str = ""
@@ -149,7 +150,7 @@ class DataConfig:
         _choose("data.packing", self.packing, PACKINGS)
         _choose("data.rows", self.rows, ("file", "line", "paragraph"))
         _choose("data.on_bad_row", self.on_bad_row, ("error", "skip"))
-        _choose("data.validation_split", self.validation_split, ("hash", "tail"))
+        _choose("data.validation_split", self.validation_split, ("auto", "hash", "tail"))
         for name in ("length", "batch_size", "prefetch", "shard_tokens"):
             _positive(f"data.{name}", getattr(self, name))
         if self.workers < 0:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from data import record
 from data.config import DataConfig, PhaseConfig, SourceConfig
-from data.files import HashCache
+from data.files import HashCache, full_disk_explained
 from data.loader import Component, Loader, ValidationLoader
 from data.order import Mixture, Order, Phase, key
 from data.packing import Plan, Spans, cached_plan, make_plan
@@ -106,6 +105,12 @@ def build(
     """
     config.validate()
     cache = Path(config.cache_dir or cache_dir or default_cache()).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    with full_disk_explained(cache):
+        return _build(config, cache, tokenizer, say)
+
+
+def _build(config: DataConfig, cache: Path, tokenizer: Tokenizer | None, say: Say) -> Dataset:
     sources = [_open(config, source) for source in config.components()]
     if config.validation_path:
         sources.append(
@@ -217,4 +222,7 @@ def _order(config: DataConfig) -> Order:
 def _bytes_per_token(parts: list[Part], tokenizer: Tokenizer) -> float:
     counted = [bytes_and_targets(store, spans, tokenizer) for _, store, spans in parts]
     size, targets = (sum(column) for column in zip(*counted, strict=True))
-    return size / targets if targets else math.nan
+    if not targets:
+        names = ", ".join(name for name, _, _ in parts)
+        raise SourceError(f"{names}: too little text, not one token can be predicted")
+    return size / targets

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,22 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         if not folder.exists():
             raise
         shutil.rmtree(partial)
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Say of a write that found no room where it was and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)}: cannot write to {folder} ({free:,.0f} MB free); free "
+            "some space or set data.cache_dir to another disk, and run again: it goes on from there",
+        ) from error
 
 
 class HashCache:

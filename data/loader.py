@@ -9,6 +9,7 @@ row. Grain runs the workers and the prefetching.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import time
@@ -57,7 +58,7 @@ class _Window:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Loader:
+class _Loader(abc.ABC):
     """What training and validation share: making batches of the windows that `draw` names."""
 
     components: tuple[Component, ...]
@@ -68,8 +69,9 @@ class _Loader:
     workers: int = 0
     prefetch: int = 4
 
+    @abc.abstractmethod
     def draw(self, step: int, rows: np.ndarray) -> list[_Window]:
-        raise NotImplementedError
+        """The windows of rows of a step."""
 
     def batch_at(self, step: int, rows: Rows = None) -> Batch:
         """The batch of a step, or its `rows` (a slice or an array of row numbers)."""
@@ -134,12 +136,8 @@ class Loader(_Loader):
         """The batch that a training step reads: the step plus the batches skipped before it."""
         return self.order.batch_index(step)
 
-    def skip(self, start: int, stop: int) -> Loader:
-        """The same loader without batches [start, stop), as `order.batch_index` counts them."""
-        return dataclasses.replace(self, order=self.order.skip(start, stop))
-
     def with_skips(self, skips: tuple[tuple[int, int], ...]) -> Loader:
-        """The same loader with the batches to skip that a run has saved."""
+        """The same loader that never uses the batches in these half-open ranges."""
         return dataclasses.replace(self, order=dataclasses.replace(self.order, skips=skips))
 
 

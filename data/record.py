@@ -62,12 +62,14 @@ def manifest(dataset: Dataset) -> dict[str, Any]:
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
     """Raise if the data of a run is not what it was when the run was saved at `step`.
 
-    Phases that begin after `step` may change, and so may the batches that are skipped.
+    Phases that begin after `step` may change, and so may the batches that are skipped and the place
+    of files whose content is the same.
     """
+    compared = [{**each, "sources": _without_paths(each["sources"])} for each in (saved, now)]
     changed = [
-        f"{name} was {_short(saved.get(name))}, is {_short(now[name])}"
+        f"{name} was {_short(compared[0][name])}, is {_short(compared[1][name])}"
         for name in ("tokenizer", "settings", "sources", "validation")
-        if saved.get(name) != now[name]
+        if compared[0][name] != compared[1][name]
     ]
     begun = [[phase for phase in each["phases"] if phase["start"] <= step] for each in (saved, now)]
     if begun[0] != begun[1]:
@@ -77,6 +79,10 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) ->
             "the data of this run has changed, so its batches would too; put it back, or start "
             "another run:\n  " + "\n  ".join(changed)
         )
+
+
+def _without_paths(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in source.items() if k != "path"} for source in sources]
 
 
 def _short(value: Any) -> str:

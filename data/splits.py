@@ -9,6 +9,8 @@ from data.store import TokenStore
 from data.tokenizer import Tokenizer
 
 FOLDS = 2**32
+FEW = 100
+"""Documents below which `auto` cuts the end of the text in place of holding out whole documents."""
 
 
 def split(store: TokenStore, fraction: float, how: str) -> tuple[Spans, Spans]:
@@ -16,13 +18,13 @@ def split(store: TokenStore, fraction: float, how: str) -> tuple[Spans, Spans]:
 
     "hash" holds out whole documents by the hash of their text, so that equal texts go to the same
     side; "tail" holds out the last part of the tokens, cutting one document (nanoGPT's split of
-    Shakespeare).
+    Shakespeare); "auto" is "hash" for a store of 100 documents or more, else "tail".
     """
     lengths = store.lengths
     every = Spans(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
     if fraction <= 0:
         return every, every.take(np.zeros(0, np.int64))
-    if how == "hash":
+    if how == "hash" or (how == "auto" and len(store) >= FEW):
         held = (store.hashes % FOLDS) < int(fraction * FOLDS)
         return every.take(np.flatnonzero(~held)), every.take(np.flatnonzero(held))
     cut = int(lengths.sum() * (1 - fraction))

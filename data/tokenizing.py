@@ -9,7 +9,6 @@ in order.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data.files import file_hash, sync, sync_folder, write_json
+from data.files import file_hash, full_disk_explained, sync, sync_folder, write_json
 from data.progress import Progress
 from data.sources import FILE_STRIDE, BadRowError, Row, Source, SourceError
 from data.store import FORMAT, StoreOptions, TokenStore, shard_folder, store_fingerprint
@@ -70,7 +69,7 @@ def tokenize(
     key = store_fingerprint(of_source, tokenizer.fingerprint, options)
     if not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, say), _full_disk_explained(folder):
+        with _locked(folder, say), full_disk_explained(folder):
             if not (folder / "manifest.json").exists():
                 _build(_Job(source, tokenizer, folder, options, of_source, key, say))
     store = TokenStore(folder)
@@ -280,19 +279,3 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
             say(f"{folder}: another process is building these tokens, waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _full_disk_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(folder).free / 1e6
-        raise OSError(
-            error.errno,
-            f"cannot write tokens to {folder}: {os.strerror(error.errno)} ({free:,.0f} MB free); "
-            "free some space or set data.cache_dir to another disk, and run again: finished shards "
-            "are kept",
-        ) from error

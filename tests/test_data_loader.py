@@ -30,6 +30,8 @@ from data import (
     open_source,
 )
 from data.__main__ import main
+from data.packing import StreamPlan
+from data.show import Reading
 
 FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "source_id")
 
@@ -312,8 +314,9 @@ def test_a_uniform_model_over_bytes_has_eight_bits_a_byte(folder, tmp_path):
     bits = math.log(256) / (math.log(2) * dataset.bytes_per_token)
     assert dataset.validation is not None
     (component,) = dataset.validation.components
-    size = component.plan.spans.tokens
-    assert bits == pytest.approx(8 * (1 - len(component.plan.spans) / size))
+    assert isinstance(component.plan, StreamPlan)
+    spans = component.plan.spans
+    assert bits == pytest.approx(8 * (1 - len(spans) / spans.tokens))
 
 
 def test_a_second_build_does_nothing_again(folder, tmp_path):
@@ -373,7 +376,8 @@ def test_a_run_whose_data_changed_is_not_resumed(config, dataset):
 def test_show_prints_the_documents_of_a_run(config, dataset, tmp_path, capsys):
     fields = dataclasses.asdict(config)
     (tmp_path / "config.json").write_text(json.dumps({"name": "run", "data": fields}))
-    (tmp_path / "data.json").write_text(json.dumps(dataset.with_skips(((2, 4),)).manifest()))
+    order = {"data": dataset.manifest(), "skips": [[2, 4]], "deferred": []}
+    (tmp_path / "order.json").write_text(json.dumps(order))
     assert main(["show", str(tmp_path), "--step", "2", "--row", "1", "--text"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("step 2 reads batch 4\n")
@@ -383,6 +387,17 @@ def test_show_prints_the_documents_of_a_run(config, dataset, tmp_path, capsys):
         assert f"{file} row {row}, tokens {start:,} to {stop:,}" in out
     text = dataset.tokenizer.decode(ids.tolist())
     assert text.split("<|eos|>")[0].strip() in out
+
+
+def test_show_finds_the_batch_of_a_step_as_training_does(config, dataset):
+    deferral = pytest.importorskip("training.deferral")
+    skips, deferred = ((5, 7), (30, 31)), ((2, 4), (6, 9), (20, 22))
+    run = Reading(config, skips, deferred, steps=40)
+    stream = deferral.DeferredStream(dataset.train, deferred, 40, skips)
+    assert [run.batch_index(s) for s in range(50)] == [stream.batch_index(s) for s in range(50)]
+    plain = Reading(config, skips)
+    skipping = dataset.train.with_skips(skips)
+    assert [plain.batch_index(s) for s in range(50)] == [skipping.batch_index(s) for s in range(50)]
 
 
 def test_show_reads_a_config_file_and_overrides(folder, tmp_path, capsys):
@@ -434,13 +449,20 @@ def test_wrong_fields_are_errors_that_name_them(fields, message):
         from_mapping(DataConfig, fields)
 
 
-def test_a_fraction_that_holds_out_nothing_says_what_to_do(tmp_path):
+def test_too_little_text_to_validate_on_says_what_to_do(tmp_path):
     (tmp_path / "a.txt").write_text("one document only")
-    config = DataConfig(str(tmp_path / "a.txt"), tokenizer=TokenizerConfig("bytes"))
+    config = DataConfig(
+        str(tmp_path / "a.txt"), tokenizer=TokenizerConfig("bytes"), validation_split="hash"
+    )
     with pytest.raises(SourceError, match="use validation_split=tail"):
         build(dataclasses.replace(config, validation_fraction=1e-9), tmp_path, say=_quiet)
     with pytest.raises(SourceError, match="takes all of its text"):
         build(dataclasses.replace(config, validation_fraction=1 - 1e-9), tmp_path, say=_quiet)
+    auto = dataclasses.replace(config, validation_split="auto")
+    with pytest.raises(SourceError, match="not one token can be predicted"):
+        build(auto, tmp_path, say=_quiet)
+    enough = build(dataclasses.replace(auto, validation_fraction=0.3), tmp_path, say=_quiet)
+    assert enough.validation is not None
     none = build(dataclasses.replace(config, validation_fraction=0.0), tmp_path, say=_quiet)
     assert none.validation is None
     own = dataclasses.replace(config, validation_path=str(tmp_path / "a.txt"))
