@@ -1,15 +1,15 @@
 """Cross entropy that never holds a one-hot array or a float32 copy of the logits.
 
-The gradient `softmax(logits) - onehot(target)` is one fused pass, because the log-normaliser has
-its own derivative rule and the target's logit is a select-and-sum over the vocabulary (which also
-stays local when the vocabulary is sharded, where a gather would collect it). With a chunk, the head
-itself runs a few tokens at a time.
+The gradient, softmax(logits) - onehot(target), is one fused pass, because what the loss needs of
+the logits has its own derivative rule. The target's logit is a select and a sum over the
+vocabulary, which stays local where the vocabulary is sharded (a gather would collect it). With a
+chunk, the head itself runs a few tokens at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +29,29 @@ class Entropy(NamedTuple):
 
 
 @jax.custom_jvp
-def log_normaliser(logits: Array) -> Array:
-    """`log sum exp` over the last axis in float32: `[..., vocab] -> float32[...]`."""
+def logit_statistics(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """`(log sum exp, target's logit, mean logit)` over the vocabulary, float32."""
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1)).astype(jnp.float32)
     peak = jnp.where(jnp.isfinite(peak), peak, 0)
-    return peak + jnp.log(jnp.sum(jnp.exp(logits.astype(jnp.float32) - peak[..., None]), axis=-1))
+    total = jnp.sum(jnp.exp(logits.astype(jnp.float32) - peak[..., None]), axis=-1)
+    chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1, dtype=jnp.float32)
+    return peak + jnp.log(total), chosen, jnp.mean(logits, axis=-1, dtype=jnp.float32)
 
 
-@log_normaliser.defjvp
-def _log_normaliser_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (logits,), (direction,) = primals, tangents
-    log_z = log_normaliser(logits)
+@logit_statistics.defjvp
+def _logit_statistics_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (logits, targets), direction = primals, tangents[0].astype(jnp.float32)
+    log_z, chosen, mean = logit_statistics(logits, targets)
     softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
-    return log_z, jnp.sum(softmax * direction.astype(jnp.float32), axis=-1)
+    return (log_z, chosen, mean), (
+        jnp.sum(softmax * direction, axis=-1),
+        jnp.sum(jnp.where(_is_target(logits, targets), direction, 0), axis=-1),
+        jnp.mean(direction, axis=-1),
+    )
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    return jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
 
 
 def token_cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0) -> Entropy:
@@ -49,13 +59,10 @@ def token_cross_entropy(logits: Array, targets: Array, label_smoothing: float = 
 
     With smoothing e the target distribution is (1 - e) onehot + e / vocab, as in torch.
     """
-    log_z = log_normaliser(logits)
-    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, dtype=jnp.float32)
+    log_z, chosen, mean = logit_statistics(logits, targets)
     loss = log_z - chosen
     if label_smoothing:
-        uniform = log_z - jnp.mean(logits, axis=-1, dtype=jnp.float32)
-        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean)
     return Entropy(loss, log_z, _share_of_first_place(logits, chosen))
 
 

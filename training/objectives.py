@@ -37,8 +37,9 @@ class Objective:
 
     loss: `(apply, params, batch, rng, frozen=None) -> (float32[], metrics)`, mean over targets.
     weight: `batch -> float32[]`, the number of targets that it is a mean over.
-    gradients: `(apply, params, batch, rng, frozen=None) -> (tree like params, metrics with "loss")`,
-        for a method whose gradient is not that of `loss` (private, zeroth-order, quantized).
+    gradients: `(apply, params, batch, rng, frozen=None) -> (tree like params, metrics)`, for a
+        method whose gradient is not that of `loss` (private, zeroth-order, quantized); the metrics
+        hold `loss`.
     predict: `(apply, params, batch, rng) -> arrays [batch, ...]`.
     batch: `rows -> arrays [batch, ...]`, where rows are not batches already.
 
