@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data import DataConfig
-from model import ModelConfig
+from model import POLICIES, ModelConfig
 from sharding import MeshConfig, ShardingConfig
 from training.checkpoints import CheckpointConfig
 from training.faults import FaultConfig
@@ -32,16 +33,19 @@ from weights import nearest
 class TrainConfig:
     """How parameters are updated.
 
-    steps: optimizer steps of the whole run. accumulation: micro-batches per step; the result
-    equals one large batch. compute_dtype: type of activations and products, "float32" or
-    "bfloat16"; parameters stay float32. remat: what the backward pass recomputes; a name of
-    model.REMAT_POLICIES. scan_unroll: layers unrolled per scan iteration; 0 unrolls all, which is
-    fastest on a CPU. clip_norm: largest global norm of the gradient; 0 turns clipping off. z_loss:
-    coefficient of log(Z)^2 in the loss. label_smoothing: share of the target's probability spread
-    over the vocabulary. trainable: regex over parameter paths; the others get no gradient and no
-    optimizer state. ema_decay: decay of the averaged parameters that are evaluated beside the raw
-    ones; 0 keeps none. log_every: steps between two lines of metrics. profile_start: first step of
-    a profiler trace; -1 takes none. profile_steps: steps in the trace.
+    steps: optimizer steps of the whole run.
+    accumulation: micro-batches per step; the result equals one large batch.
+    compute_dtype: of activations and products, "float32" or "bfloat16"; parameters stay float32.
+    remat: what the backward pass recomputes; a name of model.POLICIES.
+    scan_unroll: layers unrolled per scan iteration; 0 unrolls all, which is fastest on a CPU.
+    clip_norm: largest global norm of the gradient; 0 turns clipping off.
+    z_loss: coefficient of log(Z)^2 in the loss.
+    label_smoothing: share of the target's probability spread over the vocabulary.
+    trainable: regex over parameter paths; the others get no gradient and no optimizer state.
+    ema_decay: decay of averaged parameters, evaluated beside the raw ones; 0 keeps none.
+    log_every: steps between two lines of metrics.
+    profile_start: first step of a profiler trace; -1 takes none.
+    profile_steps: steps in the trace.
     """
 
     steps: int = 1000
@@ -66,6 +70,9 @@ class TrainConfig:
             raise ValueError(
                 f"train.compute_dtype={self.compute_dtype!r}; choose float32, bfloat16 or float16"
             )
+        if self.remat not in POLICIES:
+            known = nearest(self.remat, POLICIES) or ", ".join(POLICIES)
+            raise ValueError(f"train.remat={self.remat!r}: no such policy; nearest: {known}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"train.ema_decay={self.ema_decay} must lie in [0, 1)")
         try:
@@ -146,7 +153,7 @@ class ConfigError(ValueError):
 
 def default_config() -> ConfigDict:
     """All fields with their defaults; in a config file, setting an unknown one is an error."""
-    return ConfigDict(config_defaults(RunConfig))
+    return ConfigDict(config_defaults(RunConfig)).lock()
 
 
 def config_defaults(cls: type) -> dict[str, Any]:
@@ -204,7 +211,7 @@ def load_config(path: str | Path) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         return module.get_config()
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         raise ConfigError(f"--config={path}: {error}") from error
 
 
@@ -288,7 +295,8 @@ def type_name(hint: Any) -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The line of each field, from the class docstring (`    name: text.`)."""
-    lines = re.findall(r"^\s+(\w+): (.+(?:\n {8,}\S.*)*)", cls.__doc__ or "", flags=re.MULTILINE)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    lines = re.findall(r"^(\w+): (.+(?:\n +\S.*)*)", text, flags=re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text) for name, text in lines}
 
 
