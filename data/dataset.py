@@ -175,16 +175,18 @@ def _parts(config: DataConfig, stores: list[TokenStore]) -> tuple[list[Part], li
                 f"({len(store)} documents); hold out less, or use validation_split=tail"
             )
         train.append((name, store, trained))
-        held_out += [(name, store, held)] if held.tokens else []
+        held_out.append((name, store, held))
     if config.validation_path:
-        held_out.append(("validation", stores[-1], split(stores[-1], 0.0, "hash")[0]))
-    elif fraction and not held_out:
+        held_out = [("validation", stores[-1], split(stores[-1], 0.0, "hash")[0])]
+    if sum(held.tokens for _, _, held in held_out) > 0:
+        return train, held_out
+    if fraction:
         raise SourceError(
             f"validation_fraction={fraction} holds out no document of "
             f"{sum(map(len, stores))}: use validation_split=tail to hold out the last part of the "
             "text, a larger fraction, validation_path, or 0 for no validation"
         )
-    return train, held_out
+    return train, []
 
 
 def _plan(

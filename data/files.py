@@ -80,7 +80,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{os.strerror(error.errno)}: cannot write to {folder} ({free:,.0f} MB free); free "
-            "some space or set data.cache_dir to another disk, and run again: it goes on from there",
+            "some space or set data.cache_dir to another disk; a rerun goes on from there",
         ) from error
 
 

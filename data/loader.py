@@ -102,9 +102,7 @@ class _Loader(abc.ABC):
         return origins
 
     def iterate(self, start_step: int = 0, rows: Rows = None, stop: int = NO_END) -> BatchIterator:
-        """Batches of steps from `start_step` on, made ahead by a thread or by `workers`
-        processes.
-        """
+        """Batches from `start_step` on, made ahead by a thread or by `workers` processes."""
         return BatchIterator(self, start_step, self._row_numbers(rows), stop)
 
     def _row_numbers(self, rows: Rows) -> np.ndarray:

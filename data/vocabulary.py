@@ -33,6 +33,10 @@ def make_tokenizer(
         return ByteTokenizer()
     if settings.kind == "file":
         return load_tokenizer(settings.path, settings.bos, settings.eos)
+    if settings.kind == "bpe":
+        # Not on validation text; a character vocabulary must hold that text's characters too.
+        count = len(config.components())
+        sources, fingerprints = sources[:count], fingerprints[:count]
     parts = [FORMAT, settings.kind, fingerprints, config.on_bad_row]
     if settings.kind == "bpe":
         parts += [settings.vocab_size, settings.train_bytes]

@@ -171,7 +171,7 @@ def test_a_full_disk_says_so_and_a_rerun_goes_on(corpus, undisturbed, tmp_path):
     )
     assert run.returncode != 0
     assert f"cannot write to {folder}" in run.stderr
-    assert "run again: it goes on from there" in run.stderr
+    assert "a rerun goes on from there" in run.stderr
     assert not (folder / "manifest.json").exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000
     said: list[str] = []
