@@ -6,7 +6,7 @@ function `constrain` places activations.
 """
 
 from sharding.auto import derive_rules
-from sharding.constraints import constrain
+from sharding.constraints import constrain, gather_rows
 from sharding.context import context_attention
 from sharding.distributed import (
     Processes,
@@ -33,6 +33,7 @@ __all__ = [
     "constrain",
     "context_attention",
     "derive_rules",
+    "gather_rows",
     "global_array",
     "global_batch",
     "initialize_distributed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -29,6 +30,19 @@ def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
         )
     )
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def gather_rows(table: Any, layout: Layout | None) -> Any:
+    """An embedding table `[vocab, d_model]` made ready for lookup: whole rows, split by vocabulary.
+
+    Looking up in a table that is split both ways, XLA would gather it over the vocabulary too,
+    which is the whole table on every device. Weight formats and tables split one way are returned
+    as they are.
+    """
+    if layout is None or not hasattr(table, "ndim"):
+        return table
+    both = layout.size("vocab") > 1 and layout.size("d_model") > 1
+    return constrain(table, ("vocab", None), layout) if both else table
 
 
 def _pieces(layout: Layout, entry: object) -> int:

@@ -22,6 +22,7 @@ from sharding import (
     ShardingConfig,
     check_heads,
     constrain,
+    gather_rows,
     make_layout,
     make_mesh,
     match_rules,
@@ -274,6 +275,26 @@ def test_constraints_place_activations_and_leave_what_does_not_divide_whole():
     assert constrain(x, ("batch", "length", "d_ff"), None) is x
     with pytest.raises(ValueError, match=r"2 logical axes .* shape \(4, 1, 8\)"):
         constrain(x, ("batch", "length"), layout)
+
+
+def test_tokens_are_looked_up_in_a_table_split_both_ways_without_gathering_its_vocabulary():
+    layout = _layout(data=2, fsdp=2, tensor=2)
+    table = jnp.arange(160.0 * 32).reshape(160, 32)
+    tokens = jax.random.randint(jax.random.key(0), (8, 16), 0, 160)
+
+    def look_up(table, tokens):
+        x = weights.embed({"table": gather_rows(table, layout)}, tokens, jnp.float32)
+        return constrain(x, ("batch", "length", "hidden"), layout)
+
+    placed = jax.device_put(table, layout.sharding(("vocab", "d_model")))
+    rows = jax.device_put(tokens, layout.sharding(("batch", "length")))
+    compiled = jax.jit(look_up).lower(placed, rows).compile()
+    np.testing.assert_array_equal(compiled(placed, rows), table[tokens])
+    gathers = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    assert len(gathers) == 1
+    assert "f32[80,32]" in gathers[0]
+    assert gather_rows(table, _layout(fsdp=8)) is table
+    assert gather_rows(table, None) is table
 
 
 def test_layouts_are_static_arguments_of_a_compiled_function():
