@@ -35,14 +35,13 @@ def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
 def gather_rows(table: Any, layout: Layout | None) -> Any:
     """An embedding table `[vocab, d_model]` made ready for lookup: whole rows, split by vocabulary.
 
-    Looking up in a table that is split both ways, XLA would gather it over the vocabulary too,
-    which is the whole table on every device. Weight formats and tables split one way are returned
-    as they are.
+    Without it XLA moves activations to where the columns of a table split over `d_model` are, and
+    in the backward pass holds the whole batch's on every device. Weight formats and tables that are
+    not split so are returned as they are.
     """
-    if layout is None or not hasattr(table, "ndim"):
+    if layout is None or not hasattr(table, "ndim") or layout.size("d_model") == 1:
         return table
-    both = layout.size("vocab") > 1 and layout.size("d_model") > 1
-    return constrain(table, ("vocab", None), layout) if both else table
+    return constrain(table, ("vocab", None), layout)
 
 
 def _pieces(layout: Layout, entry: object) -> int:
