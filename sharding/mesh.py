@@ -7,6 +7,7 @@ the pieces of one matrix (`tensor`) should be neighbours.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "expert", "stage", "context", "tensor")
 """Mesh axes in device order, the last one between nearest neighbours."""
@@ -72,7 +75,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     """The mesh of a config over `devices` (default: those of all processes), axes `AXES` in order.
 
     On accelerators the device order follows the physical interconnect. Over several slices (TPU
-    pods joined by a slower network) the outermost axis whose size allows it spans them.
+    pods joined by a slower network) the outer axes span them as far as their sizes allow.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = tuple((config or MeshConfig()).sizes(len(devices)).values())
@@ -93,15 +96,15 @@ def _arrange(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
 
 def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
-    """Slices per axis: `data` if it can span them, else `stage`, else `fsdp`."""
-    for axis in ("data", "stage", "fsdp"):
-        position = AXES.index(axis)
-        if sizes[position] % slices == 0:
-            return tuple(slices if index == position else 1 for index in range(len(AXES)))
-    raise ValueError(
-        f"mesh {show_sizes(dict(zip(AXES, sizes, strict=True)))} cannot span {slices} slices: "
-        f"one of data, stage, fsdp must be a multiple of {slices}"
-    )
+    """How many slices each axis spans: those that send least go first over the slower network."""
+    within = dict(zip(AXES, sizes, strict=True))
+    across = {}
+    for axis in ("data", "stage", "fsdp", "expert", "context", "tensor"):
+        across[axis] = math.gcd(within[axis], slices)
+        slices //= across[axis]
+    if across["context"] * across["tensor"] > 1:
+        logger.warning("context and tensor span slices: %s over the slow network", across)
+    return tuple(across[axis] for axis in AXES)
 
 
 def _fitting(sizes: Mapping[str, int], devices: int) -> dict[str, int]:

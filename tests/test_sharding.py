@@ -33,6 +33,7 @@ from sharding import (
     sharded_init,
     state_shardings,
 )
+from sharding.mesh import _arrange
 
 RULES = (
     Rule("embed/table", ("vocab", "d_model")),
@@ -73,6 +74,26 @@ def test_a_mesh_has_all_axes_in_order_with_tensor_between_neighbours():
     assert mesh.axis_names == AXES
     assert tuple(mesh.shape.values()) == (2, 2, 1, 1, 1, 2)
     assert [device.id for device in mesh.devices[0, 0, 0, 0, 0]] == [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a device says of its place."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "described"
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1, 1, 1, 4), (2, 4, 1, 1, 1, 2), (1, 1, 1, 4, 1, 4)])
+def test_over_several_slices_only_outer_axes_cross_the_slow_network(sizes):
+    chips = [Chip(index, slice_index=index % 4) for index in range(16)]
+    placed = _arrange(sizes, chips)
+    assert placed.shape == sizes
+    for group in placed.reshape(-1, sizes[-1]):
+        assert len({chip.slice_index for chip in group}) == 1
 
 
 @pytest.mark.parametrize(
@@ -293,7 +314,7 @@ def test_tokens_are_looked_up_in_a_table_split_both_ways_without_gathering_its_v
     gathers = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
     assert len(gathers) == 1
     assert "f32[80,32]" in gathers[0]
-    assert gather_rows(table, _layout(fsdp=8)) is table
+    assert gather_rows(table, _layout(tensor=8)) is table
     assert gather_rows(table, None) is table
 
 
