@@ -39,10 +39,11 @@ class Rolling:
     ) -> Rolling:
         """See `Cache.append`. Raises `ValueError` for more tokens than the ring was sized for."""
         count = self.keys.shape[3]
-        if k.shape[1] > count - self.window + 1:
+        most = count - self.window + 1
+        if k.shape[1] > most:
             raise ValueError(
-                f"a step of {k.shape[1]} tokens into a rolling cache of {count} slots for a window of "
-                f"{self.window}: at most {count - self.window + 1} at once; make it with a larger chunk"
+                f"a step of {k.shape[1]} tokens into a rolling cache of {count} slots for a window "
+                f"of {self.window}: at most {most} at once; make the cache with a larger chunk"
             )
         slots = jnp.where(meta.valid, meta.positions % count, count)
         k = encoder.rotate(k, meta.positions)
