@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data import DataConfig, Dataset, build
+from data import DataConfig, Dataset, build, check_resume
 from model import ModelConfig, Runtime, Sampling, count_parameters, generate, init, rules
 from sharding import Layout, check_heads
 from training.config import ConfigError, RunConfig
@@ -93,6 +93,7 @@ def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | No
         model=model,
         files=dataset.tokenizer.files(),
         manifest=dataset.manifest(),
+        check_data=check_resume,
     )
 
 

@@ -130,18 +130,24 @@ class Training:
     def begin(self) -> None:
         """Make the state, or restore the newest good checkpoint; set record and data to it."""
         self.watchdog.beat(0, "restore")
-        if self.record.data and self.record.data != plain(self.task.manifest):
-            raise RunError(
-                f"{self.record.folder.order}: the data has changed since this run began, so its "
-                "order cannot be continued; restore the files, or choose another --workdir"
-            )
         latest = self.checkpoints.latest_good()
         if latest is None:
             self.state = self.functions.create()
         else:
             self._restore(latest)
+        if self.record.data:
+            self._check_data()
         self.record.rewind(self.step)
         self.record.write_data(self.task.manifest)
+
+    def _check_data(self) -> None:
+        try:
+            self.task.check_data(self.record.data, plain(self.task.manifest), self.step)
+        except ValueError as error:
+            raise RunError(
+                f"{self.record.folder.order}: the data has changed since this run began, so its "
+                f"order cannot be continued: {error}. Restore it, or choose another --workdir"
+            ) from error
 
     def announce(self) -> None:
         """Say where the run begins, and what was changed since it was last under way."""

@@ -84,6 +84,12 @@ def tokens_by_length(name: str, array: np.ndarray) -> tuple[str | None, ...]:
     return ("batch", "length")[: array.ndim]
 
 
+def same_manifest(recorded: Any, now: Any, step: int) -> None:
+    """Raise `ValueError` unless both manifests are equal."""
+    if recorded != now:
+        raise ValueError(f"it was {recorded!r}, it is {now!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """The functions and facts of a run.
@@ -101,6 +107,7 @@ class Task:
     model: written into checkpoints, so that serving can read them; None for other models.
     files: tokenizer files and the like that travel in every checkpoint.
     manifest: what the batches are made of, for the record.
+    check_data: `(recorded manifest, manifest now, step)`; `ValueError` if the run cannot go on.
     """
 
     init: Callable[[Array], Any]
@@ -116,6 +123,7 @@ class Task:
     model: ModelConfig | None = None
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    check_data: Callable[[Any, Any, int], None] = same_manifest
 
 
 def from_functions(
