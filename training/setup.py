@@ -10,7 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from sharding import Layout, derive_rules, global_array, make_layout, make_mesh, rows_of_process
+from sharding import (
+    Layout,
+    derive_rules,
+    global_array,
+    make_layout,
+    make_mesh,
+    override_axes,
+    rows_of_process,
+)
 from training.config import RunConfig
 from training.evaluation import EvaluationStep, make_evaluation_step
 from training.optimizers import make_optimizer
@@ -20,6 +28,7 @@ from training.state import Placement, TrainState, abstract_state, init_state, pl
 from training.step import Step, make_step
 from training.task import Batch, Task
 from training.trainable import Predicate, by_patterns, merge, split_trainable
+from weights import paths
 
 Array = jax.Array
 
@@ -79,10 +88,13 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
     abstract_params = jax.eval_shape(task.init, jax.random.key(0))
     rules = task.rules
     if rules is None or config.sharding.rules == "auto":
-        rules = derive_rules(abstract_params, "tensor", layout.mesh.shape["tensor"])
+        sizes = layout.mesh.shape
+        rules = derive_rules(abstract_params, "tensor", sizes["tensor"], fsdp=sizes["fsdp"])
+    if config.sharding.extra_rules:
+        rules = override_axes(rules, config.sharding.extra_rules, paths(abstract_params))
     trainable = by_patterns((config.train.trainable,), abstract_params, "train.trainable")
     ours, _ = split_trainable(abstract_params, trainable)
-    optimizer = make_optimizer(config.optimizer, ours, rules)
+    optimizer = make_optimizer(config.optimizer, ours, task.rules or rules)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
     ema = config.train.ema_decay > 0
     abstract = abstract_state(abstract_params, optimizer, trainable, ema)
