@@ -299,7 +299,10 @@ class Training:
         branch = f"{step:08d}" if self.config.faults.keep_branches else ""
         folder = self.record.folder.branches / branch / "checkpoints" if branch else None
         self.checkpoints.abandon(action.to_step, folder)
-        self.record.drop(action.batches, action.defer)
+        start, stop = action.batches
+        again = any(start < last and first < stop for first, last in self.record.deferred)
+        defer = action.defer and not again
+        self.record.drop(action.batches, defer)
         self._close_batches()
         self._restore(action.to_step)
         self.record.rewind(self.step, branch)
@@ -308,10 +311,10 @@ class Training:
             step=step,
             to_step=self.step,
             batches=action.batches,
-            deferred=action.defer,
+            deferred=defer,
             loss=loss,
         )
-        what = "deferred to the end" if action.defer else "never to be used again"
+        what = "deferred to the end" if defer else "never to be used again"
         self.progress.say(
             f"rolled back to step {self.step}; batches {action.batches[0]} to "
             f"{action.batches[1] - 1} are {what}"
