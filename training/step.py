@@ -1,7 +1,7 @@
 """One training step, compiled: gradients over micro-batches, clipping, update, average, metrics.
 
-The update is refused inside the step when the loss, the gradient or the update is not finite, so a
-poisoned update is never applied and nothing has to be undone.
+An update from a loss or gradient that is not finite is refused inside the step, so it is never
+applied and nothing has to be undone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from training.trainable import Predicate, everything, merge, split_trainable
 
 Array = jax.Array
 Step = Callable[..., tuple[TrainState, Metrics]]
+Updated = tuple[Any, Any, Any]
+"""What an update changes: (trainable parameters, optimizer state, average)."""
 NONFINITE = ("skip", "propagate")
 
 
@@ -64,24 +66,29 @@ def make_step(
             frozen,
             None if placement is None else placement.gradients,
         )
-        value, rate = metrics.pop("objective"), jnp.asarray(schedule(state.step), jnp.float32)
+        rate, grad_norm = jnp.asarray(schedule(state.step), jnp.float32), global_norm(gradients)
+        finite = jnp.isfinite(metrics.pop("objective")) & jnp.isfinite(grad_norm)
+
+        def update(old: Updated) -> tuple[Updated, Array]:
+            scaled = gradients if clip_norm is None else clip(gradients, grad_norm, clip_norm)
+            return _update(optimizer, scaled, old, rate, ema_decay)
+
         old = (ours, state.opt_state, state.ema)
-        new, norms = _update(optimizer, gradients, old, rate, clip_norm, ema_decay)
-        finite = jnp.isfinite(value) & jnp.isfinite(norms["grad_norm"] + norms["update_norm"])
         if nonfinite == "skip":
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        refused = ~finite if nonfinite == "skip" else jnp.bool_(False)
+            new, update_norm = jax.lax.cond(finite, update, _refuse, old)
+        else:
+            new, update_norm = update(old)
+        skipped = state.skipped + (~finite if nonfinite == "skip" else 0)
         ours, opt_state, ema = new
         params = merge(ours, others)
-        state = TrainState(
-            params, opt_state, state.step + 1, state.skipped + refused, state.rng, ema
-        )
+        state = TrainState(params, opt_state, state.step + 1, skipped, state.rng, ema)
         return state, {
             **metrics,
-            **norms,
             "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
             "param_norm": global_norm(ours),
-            "nonfinite": (~finite).astype(jnp.float32),
+            "nonfinite": 1 - (finite & jnp.isfinite(update_norm)).astype(jnp.float32),
         }
 
     shardings = None if placement is None else (placement.state, None)
@@ -164,26 +171,31 @@ def global_norm(tree: Any) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
+def clip(gradients: Any, norm: Array, largest: float) -> Any:
+    """Gradients of this global norm scaled down to `largest` if it is larger."""
+    factor = jnp.minimum(1, largest / jnp.maximum(norm, 1e-16))
+    return jax.tree.map(lambda g: g * factor, gradients)
+
+
 def _update(
     optimizer: optax.GradientTransformation,
     gradients: Any,
-    old: tuple[Any, Any, Any],
+    old: Updated,
     rate: Array,
-    clip_norm: float | None,
     ema_decay: float | None,
-) -> tuple[tuple[Any, Any, Any], Metrics]:
-    """`(parameters, optimizer state, average)` after one update, and the norms before and of it."""
+) -> tuple[Updated, Array]:
+    """Parameters, optimizer state and average after an update, and the update's norm."""
     params, opt_state, ema = old
-    grad_norm = global_norm(gradients)
-    if clip_norm is not None:
-        factor = jnp.minimum(1, clip_norm / jnp.maximum(grad_norm, 1e-16))
-        gradients = jax.tree.map(lambda g: g * factor, gradients)
     direction, opt_state = optimizer.update(gradients, opt_state, params)
-    norms = {"grad_norm": grad_norm, "update_norm": rate * global_norm(direction)}
     params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), params, direction)
     if ema_decay is not None:
         ema = update_average(ema, params, ema_decay)
-    return (params, opt_state, ema), norms
+    return (params, opt_state, ema), rate * global_norm(direction)
+
+
+def _refuse(old: Updated) -> tuple[Updated, Array]:
+    """All as it was. A branch, since a select would copy every array to keep its old value."""
+    return old, jnp.float32(0)
 
 
 def _gradients(
