@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from weights.product import product
 from weights.protocol import is_format
 
 Array = jax.Array
@@ -27,7 +28,7 @@ def matmul(x: Array, weight: Any, rng: Array | None = None, dtype: Any = None) -
     if is_format(weight):
         return weight.matmul(x, rng=rng).astype(dtype or x.dtype)
     _check_inner(x.shape[-1], weight.shape[0], weight.shape)
-    return _dot(x, weight.astype(x.dtype), contract=0, dtype=dtype)
+    return _product(x, weight, 0, dtype)
 
 
 def linear(
@@ -60,13 +61,13 @@ def unembed(params: Mapping[str, Any], x: Array, dtype: Any = None) -> Array:
     if is_format(table):
         return table.matmul_transposed(x).astype(dtype or x.dtype)
     _check_inner(x.shape[-1], table.shape[1], table.shape)
-    return _dot(x, table.astype(x.dtype), contract=1, dtype=dtype)
+    return _product(x, table, 1, dtype)
 
 
-def _dot(x: Array, weight: Array, contract: int, dtype: Any) -> Array:
-    dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
-    product = jax.lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32)
-    return product.astype(dtype or x.dtype)
+def _product(x: Array, weight: Array, contract: int, dtype: Any) -> Array:
+    if not jnp.issubdtype(weight.dtype, jnp.inexact):
+        weight = weight.astype(x.dtype)  # integers have no gradient
+    return product(x, weight, contract).astype(dtype or x.dtype)
 
 
 def _check_inner(features: int, rows: int, shape: tuple[int, ...]) -> None:
