@@ -22,7 +22,7 @@ from model.context import Context
 from model.positions import PositionEncoder
 from model.remat import remat
 from model.runtime import DEFAULT_RUNTIME, Runtime
-from sharding import check_heads, constrain
+from sharding import check_heads, constrain, gather_rows
 from weights import embed, linear, nearest, unembed
 
 Array = jax.Array
@@ -138,7 +138,7 @@ def _inputs(
 ) -> Array:
     """Token embeddings `[batch, length, d_model]` in the compute dtype, or the ones given."""
     if tokens is not None and inputs_embeds is None:
-        x = embed(params["embed"], tokens, runtime.compute_dtype)
+        x = _rows(params["embed"], tokens, runtime)
     elif inputs_embeds is not None and tokens is None:
         x = inputs_embeds.astype(runtime.compute_dtype)
     else:
@@ -149,6 +149,12 @@ def _inputs(
             "(tokens are int32[batch, length])"
         )
     return x
+
+
+def _rows(params: Params, ids: Array, runtime: Runtime, axis: str = "vocab") -> Array:
+    """Rows of an embedding in the compute dtype, looked up where that part of the table lies."""
+    table = gather_rows(params["table"], runtime.layout, axis)
+    return embed({"table": table}, ids, runtime.compute_dtype)
 
 
 def _embed(
@@ -163,7 +169,8 @@ def _embed(
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.positions == "learned":
-        x = x + embed(params["positions"], positions + config.position_offset, x.dtype)
+        ids = positions + config.position_offset
+        x = x + _rows(params["positions"], ids, runtime, "positions")
     if config.embed_norm:
         x = norms.normalise(config.norm, params["embed_norm"], x, config.norm_eps)
     if rng is not None:

@@ -32,8 +32,8 @@ def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
 
-def gather_rows(table: Any, layout: Layout | None) -> Any:
-    """An embedding table `[vocab, d_model]` made ready for lookup: whole rows, split by vocabulary.
+def gather_rows(table: Any, layout: Layout | None, rows: str = "vocab") -> Any:
+    """A table `[rows, d_model]` made ready for lookup: whole rows, split only along the rows' axis.
 
     Without it XLA moves activations to where the columns of a table split over `d_model` are, and
     in the backward pass holds the whole batch's on every device. Weight formats and tables that are
@@ -41,7 +41,7 @@ def gather_rows(table: Any, layout: Layout | None) -> Any:
     """
     if layout is None or not hasattr(table, "ndim") or layout.size("d_model") == 1:
         return table
-    return constrain(table, ("vocab", None), layout)
+    return constrain(table, (rows, None), layout)
 
 
 def _pieces(layout: Layout, entry: object) -> int:

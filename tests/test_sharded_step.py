@@ -183,16 +183,7 @@ def _gathered_shapes(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "tensor",
-        pytest.param(
-            "data-fsdp-tensor",
-            marks=pytest.mark.xfail(reason="the decoder looks tokens up without gather_rows"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("mesh", ["tensor", "data-fsdp-tensor"])
 def test_no_tensor_parallel_weight_is_ever_gathered_over_tensor(mesh):
     config = _config(kv_heads=8)
     layout = _layout(config, **MESHES[mesh])
