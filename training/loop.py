@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sharding import Layout
+from sharding import Layout, rules_table
 from training.checkpoints import Checkpoints
 from training.config import RunConfig, config_dict
 from training.deferral import DeferredStream
@@ -153,6 +153,8 @@ class Training:
         """Say where the run begins, and what was changed since it was last under way."""
         for name, (before, now) in self.record.changed.items():
             self.progress.say(f"changed since the run began: {name} {before!r} -> {now!r}")
+        if self.task.rules is None or self.config.sharding.rules == "auto":
+            self.progress.say(f"derived sharding rules:\n{rules_table(self.functions.rules)}")
         if self.step:
             self.progress.say(f"resuming {self.record.folder.root} from step {self.step}")
             self.record.incidents.add("restart", step=self.step, changed=self.record.changed)

@@ -12,6 +12,7 @@ import numpy as np
 
 from sharding import (
     Layout,
+    Rule,
     derive_rules,
     global_array,
     make_layout,
@@ -44,6 +45,7 @@ class Functions:
 
     task: Task
     layout: Layout
+    rules: tuple[Rule, ...]
     placement: Placement
     abstract: TrainState
     step: Step
@@ -86,12 +88,7 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
             f" x {config.train.accumulation} micro-batches; use a multiple of {rows_per_device}"
         )
     abstract_params = jax.eval_shape(task.init, jax.random.key(0))
-    rules = task.rules
-    if rules is None or config.sharding.rules == "auto":
-        sizes = layout.mesh.shape
-        rules = derive_rules(abstract_params, "tensor", sizes["tensor"], fsdp=sizes["fsdp"])
-    if config.sharding.extra_rules:
-        rules = override_axes(rules, config.sharding.extra_rules, paths(abstract_params))
+    rules = run_rules(task, config, layout, abstract_params)
     trainable = by_patterns((config.train.trainable,), abstract_params, "train.trainable")
     ours, _ = split_trainable(abstract_params, trainable)
     optimizer = make_optimizer(config.optimizer, ours, task.rules or rules)
@@ -108,6 +105,7 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
     return Functions(
         task=task,
         layout=layout,
+        rules=rules,
         placement=placement,
         abstract=placed(abstract, placement.state),
         step=make_step(
@@ -128,6 +126,26 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
         rows=rows,
         own=~np.isin(rows, np.concatenate(earlier) if earlier else []),
     )
+
+
+def run_rules(
+    task: Task, config: RunConfig, layout: Layout, abstract_params: Any
+) -> tuple[Rule, ...]:
+    """The rules that place a run's params: the task's own, or derived, then those of the config."""
+    rules = task.rules
+    if rules is None or config.sharding.rules == "auto":
+        sizes, model = layout.mesh.shape, task.model
+        rules = derive_rules(
+            abstract_params,
+            "tensor",
+            sizes["tensor"],
+            fsdp=sizes["fsdp"],
+            num_heads=model.num_heads if model else None,
+            kv_heads=model.resolve().kv_heads if model else None,
+        )
+    if config.sharding.extra_rules:
+        rules = override_axes(rules, config.sharding.extra_rules, paths(abstract_params))
+    return tuple(rules)
 
 
 def _create(
