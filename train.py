@@ -32,12 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(command) -> int:
     import jax
-    from training.replay import replay
 
     from sharding import initialize_distributed
     from training.command_line import default_workdir
     from training.errors import RunError
     from training.language_model import dry_data, train_language_model
+    from training.replay import replay
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))

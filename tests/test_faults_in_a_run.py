@@ -1,4 +1,4 @@
-"""A poisoned stretch of data in a real run: found, rolled back, skipped or deferred, and recorded."""
+"""A poisoned stretch of data in a run: found, rolled back, skipped or deferred, and recorded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sharding import Layout, make_mesh
 from training import (
     CheckpointConfig,
     FaultConfig,
@@ -135,8 +136,6 @@ def test_a_run_that_rolled_back_resumes_with_the_same_batches_left_out(tmp_path)
 
 def test_the_same_three_functions_give_the_same_run_on_one_and_eight_devices(tmp_path):
     eight = train(task(), config(20), tmp_path / "eight", quiet=True)
-    from sharding import Layout, make_mesh  # noqa: PLC0415
-
     one = train(
         task(),
         config(20),

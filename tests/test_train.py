@@ -1,4 +1,4 @@
-"""A run as a user has it: it trains, can be stopped anywhere, resumed, replayed, and refuses others."""
+"""A run as a user has it: it trains, stops anywhere, resumes, replays, and refuses others."""
 
 from __future__ import annotations
 

@@ -8,7 +8,22 @@ import numpy as np
 
 from training import RunConfig, default_config, run_config
 
-WORDS = "the cat sat on a mat and saw an old dog run by while rain fell".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "an",
+    "old",
+    "dog",
+    "run",
+    "while",
+    "rain",
+]
 
 
 def write_text(folder: Path, documents: int = 40, words: int = 60) -> Path:

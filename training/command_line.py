@@ -125,7 +125,8 @@ def apply_overrides(values: ConfigDict, overrides: dict[str, str]) -> None:
     """Set `{"train.steps": "100"}` in a config; the text is read by the field's type."""
     for dotted, text in overrides.items():
         *parents, name = dotted.split(".")
-        node, cls = values, RunConfig
+        node: Any = values
+        cls: type = RunConfig
         for depth, parent in enumerate(parents):
             hint = _field_type(cls, parent, "config." + ".".join(parents[: depth + 1]))
             part = config_class(hint)
