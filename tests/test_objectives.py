@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sharding import MeshConfig, make_mesh
 from training.cross_entropy import head_cross_entropy, token_cross_entropy
 from training.objectives import (
     OBJECTIVES,
@@ -180,7 +181,7 @@ def test_forward_mode_gives_the_same_derivative():
 
 
 def test_a_sharded_vocabulary_is_not_gathered():
-    mesh = jax.make_mesh((8,), ("tensor",))
+    mesh = make_mesh(MeshConfig(data=1, tensor=8))
     split = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
     logits, targets, _ = draw(2, 4, 64)
     gradient = jax.grad(summed_loss)
