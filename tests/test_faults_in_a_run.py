@@ -163,3 +163,23 @@ def test_a_loss_that_is_no_scalar_is_named_with_its_shape(tmp_path):
     )
     with pytest.raises((TypeError, ValueError), match=r"\(16,\)"):
         train(bad, config(2), tmp_path / "run", quiet=True)
+
+
+def test_a_phase_edits_the_state_between_steps_and_a_resumed_run_repeats_it(tmp_path):
+    def prune(step, state):
+        if step != 5:
+            return state
+        kernel = state.params["linear"]["kernel"].at[1].set(0.0)
+        return dataclasses.replace(state, params={"linear": {"kernel": kernel}})
+
+    phased = dataclasses.replace(task(), phases=(prune,))
+    whole = train(phased, config(8), tmp_path / "whole", quiet=True)
+    train(phased, config(8), tmp_path / "run", stop_at=5, quiet=True)
+    resumed = train(phased, config(8), tmp_path / "run", quiet=True)
+    np.testing.assert_array_equal(
+        whole.state.params["linear"]["kernel"], resumed.state.params["linear"]["kernel"]
+    )
+    plain = train(task(), config(8), tmp_path / "plain", quiet=True)
+    assert abs(plain.state.params["linear"]["kernel"][1, 0]) > abs(
+        whole.state.params["linear"]["kernel"][1, 0]
+    )

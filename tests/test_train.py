@@ -160,3 +160,17 @@ def test_only_the_chosen_leaves_train_and_the_rest_have_no_optimizer_state(text,
     )
     sizes = [leaf.size for leaf in jax.tree.leaves(result.state.opt_state)]
     assert max(sizes) == 2 * 32 * 64
+
+
+def test_a_new_run_can_begin_with_the_parameters_of_another(whole, text, tmp_path):
+    config, trained = whole
+    tuned = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=2, start_from=str(trained.workdir))
+    )
+    result = train_language_model(tuned, tmp_path / "tuned", quiet=True)
+    first, last = (read(run.workdir / "metrics.jsonl") for run in (result, trained))
+    assert first[0]["loss"] < last[0]["loss"] - 0.5
+    assert load(result.workdir).provenance["parents"] == [str(trained.workdir)]
+    other = tiny_config(text, model__d_ff=96, train__start_from=str(trained.workdir))
+    with pytest.raises(RunError, match=r"start_from=.*feed_forward/.* is \(2, .*64.*96"):
+        train_language_model(other, tmp_path / "other", quiet=True)

@@ -34,6 +34,7 @@ class TrainConfig:
     """How parameters are updated.
 
     steps: optimizer steps of the whole run.
+    start_from: checkpoint or run whose parameters a new run begins with; empty begins at random.
     accumulation: micro-batches per step; the result equals one large batch.
     compute_dtype: of activations and products, "float32" or "bfloat16"; parameters stay float32.
     remat: what the backward pass recomputes; a name of model.POLICIES.
@@ -49,6 +50,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    start_from: str = ""
     accumulation: int = 1
     compute_dtype: str = "float32"
     remat: str = "none"

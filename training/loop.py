@@ -132,7 +132,8 @@ class Training:
         self.watchdog.beat(0, "restore")
         latest = self.checkpoints.latest_good()
         if latest is None:
-            self.state = self.functions.create()
+            start = self.config.train.start_from
+            self.state = self.functions.load(start) if start else self.functions.create()
         else:
             self._restore(latest)
         if self.record.data:
@@ -229,7 +230,11 @@ class Training:
             self.task.files,
             {"step": self.step, "detector": self.detector.state()},
             metrics,
-            provenance("train", {"run": str(self.record.folder.root), "step": self.step}),
+            provenance(
+                "train",
+                {"run": str(self.record.folder.root), "step": self.step},
+                [self.config.train.start_from] if self.config.train.start_from else [],
+            ),
         )
         self.saved = self.step
         self._back_to_steps()
@@ -240,7 +245,10 @@ class Training:
         batch = next(self._open_batches())
         data_seconds = time.perf_counter() - start
         hashed = self.functions.hash(batch)
-        self.state, metrics = self.functions.step(self.state, self.functions.put(batch))
+        for phase in self.task.phases:
+            self.state = phase(self.step, self.state)
+        placed = self.functions.put(batch)
+        self.state, metrics = self.functions.step(self.state, placed, self.task.frozen)
         self.step += 1
         sent, self._sent = self._sent, _Sent(self.step, metrics, hashed, data_seconds)
         if sent is not None:
@@ -338,6 +346,7 @@ class Training:
             params,
             batches,
             limit=limit or None,
+            frozen=self.task.frozen,
             put=self.functions.put,
         )
         return metrics | dict(self.task.derived(metrics))

@@ -5,11 +5,13 @@ restored.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from model.checkpoint import load
 from sharding import (
     Layout,
     Rule,
@@ -21,15 +23,16 @@ from sharding import (
     rows_of_process,
 )
 from training.config import RunConfig
+from training.errors import RunError
 from training.evaluation import EvaluationStep, make_evaluation_step
 from training.optimizers import make_optimizer
 from training.record import batch_hash
 from training.schedules import make_schedule
-from training.state import Placement, TrainState, abstract_state, init_state, place
+from training.state import Placement, TrainState, abstract_state, init_state, new_state, place
 from training.step import Step, make_step
 from training.task import Batch, Task
 from training.trainable import Predicate, by_patterns, merge, split_trainable
-from weights import paths
+from weights import flatten, paths
 
 Array = jax.Array
 
@@ -50,7 +53,8 @@ class Functions:
     abstract: TrainState
     step: Step
     evaluation_step: EvaluationStep
-    create: Any
+    create: Callable[[], TrainState]
+    load: Callable[[str], TrainState]
     trainable: Predicate
     rows: np.ndarray
     own: np.ndarray
@@ -94,6 +98,7 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
     optimizer = make_optimizer(config.optimizer, ours, task.rules or rules)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
     ema = config.train.ema_decay > 0
+    key = jax.random.key(config.seed)
     abstract = abstract_state(abstract_params, optimizer, trainable, ema)
     placement = place(abstract, rules, layout, trainable)
     by_batch = layout.sharding(("batch",))
@@ -121,7 +126,8 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
             placement=placement,
         ),
         evaluation_step=make_evaluation_step(task.objective, task.apply),
-        create=lambda: _create(task, optimizer, config, trainable, ema, placement),
+        create=lambda: init_state(task.init, optimizer, key, trainable, ema, placement),
+        load=lambda folder: _load(folder, abstract, optimizer, key, trainable, ema, placement),
         trainable=trainable,
         rows=rows,
         own=~np.isin(rows, np.concatenate(earlier) if earlier else []),
@@ -148,16 +154,31 @@ def run_rules(
     return tuple(rules)
 
 
-def _create(
-    task: Task,
+def _load(
+    folder: str,
+    abstract: TrainState,
     optimizer: Any,
-    config: RunConfig,
+    key: Array,
     trainable: Predicate,
     ema: bool,
     placement: Placement,
 ) -> TrainState:
-    key = jax.random.key(config.seed)
-    return init_state(task.init, optimizer, key, trainable, ema, placement)
+    """A new state around the params of a checkpoint: fine-tuning begins here."""
+    params = load(folder, placement.layout).params
+    found, wanted = (
+        {path: leaf.shape for path, leaf in flatten(tree).items()}
+        for tree in (params, abstract.params)
+    )
+    different = [path for path in found | wanted if found.get(path) != wanted.get(path)]
+    if different:
+        path = different[0]
+        raise RunError(
+            f"train.start_from={folder}: {path} is {found.get(path)} there, {wanted.get(path)} in "
+            f"this config ({len(different)} arrays differ)"
+        )
+    _, for_steps = jax.random.split(key)
+    make = jax.jit(new_state, static_argnums=(1, 3, 4), out_shardings=placement.state)
+    return make(params, optimizer, for_steps, trainable, ema)
 
 
 def placed(abstract: Any, shardings: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from model import ModelConfig
 from sharding import Rule
 from training.objectives import Apply, Metrics, Objective, three_functions
+from training.state import TrainState
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -100,6 +101,9 @@ class Task:
     stream: training batches.
     validation: makes an iterator of validation batches (rows of this host), or None.
     rules: partition rules of the params; None derives them.
+    frozen: references or teachers that the loss gets beside the params; they never change.
+    phases: `(step, state) -> state`, applied in order before the step that follows `step` updates
+        (pruning, regrowth, clustering); pure, so that a resumed run is exact.
     batch_axes: `(name, array) -> logical axes` of a batch's arrays.
     batch_size: rows of a batch over all hosts.
     derived: `metrics -> more metrics` of an evaluation, such as bits per byte.
@@ -117,6 +121,8 @@ class Task:
     batch_size: int
     validation: Callable[[Any], Iterable[Batch]] | None = None
     rules: tuple[Rule, ...] | None = None
+    frozen: Any = None
+    phases: tuple[Callable[[int, TrainState], TrainState], ...] = ()
     batch_axes: Callable[[str, np.ndarray], tuple[str | None, ...]] = batch_first
     derived: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda metrics: {}
     flops_per_token: float = 0.0
@@ -135,6 +141,8 @@ def from_functions(
     *,
     validation: Callable[[], Iterable[Batch]] | None = None,
     rules: tuple[Rule, ...] | None = None,
+    frozen: Any = None,
+    phases: tuple[Callable[[int, TrainState], TrainState], ...] = (),
 ) -> Task:
     """A run of one's own: `batch(step)` makes arrays `[batch, ...]`, `loss` gives a scalar mean.
 
@@ -159,4 +167,6 @@ def from_functions(
         batch_size=next(iter(rows.values()))[0],
         validation=None if validation is None else local,
         rules=rules,
+        frozen=frozen,
+        phases=phases,
     )
