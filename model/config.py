@@ -177,6 +177,8 @@ class ModelConfig:
     layer_overrides: tuple[tuple[int, str, bool | int | float | str | None], ...] = ()
 
     def __post_init__(self) -> None:
+        overrides = tuple(tuple(override) for override in self.layer_overrides)
+        object.__setattr__(self, "layer_overrides", overrides)  # lists would not hash
         for field, known in NAMES.items():
             _one_of(f"model.{field}", getattr(self, field), known)
         _check_sizes(self)

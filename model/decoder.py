@@ -224,7 +224,7 @@ def _run(
         return (hidden, carried), aux
 
     unroll = context.runtime.scan_unroll or count
-    body = remat(body, context.runtime.remat)
+    body = remat(body, context.runtime.remat, in_loop=unroll < count)
     (x, carry), aux = jax.lax.scan(body, (x, carry), (stack, jnp.arange(count)), unroll=unroll)
     stacked = aux.pop("taps", {})
     aux["taps"] = {

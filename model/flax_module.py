@@ -41,4 +41,4 @@ class Decoder(nn.Module):
 
 def _part(rng: jax.Array, name: str, config: ModelConfig) -> Any:
     """The branch `name` of the initial params."""
-    return init(config, rng)[name]
+    return init(config, rng, branch=name)[name]

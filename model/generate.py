@@ -7,6 +7,7 @@ it would get alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ def _generate(
     chunk: int,
 ) -> Generation:
     batch, width = prompts.shape
+    # Written-out layers would copy each layer's weights out of its stack for every token.
+    runtime = dataclasses.replace(runtime, scan_unroll=1)
     row_keys = jax.vmap(lambda row: jax.random.fold_in(rng, row))(jnp.arange(batch))
     cache = init_cache(
         config,

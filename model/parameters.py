@@ -46,14 +46,18 @@ def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     )
 
 
-def init(config: ModelConfig, rng: Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Initial params; pure, so `sharding.sharded_init` can run it without holding the model on one
-    device.
+def init(
+    config: ModelConfig, rng: Array, dtype: Any = jnp.float32, *, branch: str | None = None
+) -> dict[str, Any]:
+    """Initial params, or only one top-level `branch` of them ("embed", "layers", …).
+
+    Pure, so `sharding.sharded_init` can run it without holding the model on one device.
     """
     return from_flat(
         {
             path: _initial(path, spec, segment, rng, dtype)
             for path, (spec, segment) in describe(config).items()
+            if branch is None or path.startswith(f"{branch}/")
         }
     )
 

@@ -26,8 +26,12 @@ outputs.
 """
 
 
-def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function` under the policy `policy`; the function itself under "none"."""
+def remat(function: Callable[..., Any], policy: str, *, in_loop: bool) -> Callable[..., Any]:
+    """`function` under the policy `policy`; the function itself under "none".
+
+    Outside a loop the compiler must be kept from merging what is recomputed with the first run of
+    it; in a loop it cannot, and the barriers would only cost time.
+    """
     if policy == "none":
         return function
-    return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=False)
+    return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=not in_loop)

@@ -22,7 +22,9 @@ from model import (
     forward,
     hidden_states,
     init,
+    rules,
 )
+from sharding import MeshConfig, make_layout, make_mesh, partition
 
 CONFIG = ModelConfig(vocab_size=31, d_model=16, num_layers=3, num_heads=4, kv_heads=2, d_ff=24)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 10)), jnp.int32)
@@ -92,6 +94,27 @@ WAYS = {
 def test_how_layers_run_does_not_change_loss_or_gradients(way):
     close = functools.partial(np.testing.assert_allclose, atol=1e-5)
     jax.tree.map(close, loss_and_gradients(Runtime()), loss_and_gradients(WAYS[way]))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "tensor": 4}, {"context": 2}]
+)
+def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
+    layout = make_layout(make_mesh(MeshConfig(**{"data": -1, **sizes})))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 31, (8, 12)), jnp.int32)
+    segments = jnp.asarray([[1] * 5 + [2] * 6 + [0]] * 8)
+    config = dataclasses.replace(CONFIG, vocab_size=32, sliding_window=4)
+    params = params_of(config)
+
+    def loss(params, runtime):
+        logits, _ = forward(params, tokens, config, runtime, segment_ids=segments)
+        return jnp.sum(jnp.sin(logits) * (segments > 0)[..., None]) / tokens.size
+
+    placed = jax.device_put(params, partition(params, rules(config), layout))
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = run(params, Runtime())
+    close = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-4)
+    jax.tree.map(close, run(placed, Runtime(layout=layout)), expected)
 
 
 def test_unequal_segments_equal_blocks_called_one_by_one():

@@ -75,10 +75,11 @@ def attention(
     visible = mask(
         query_positions, key_positions, query_segment_ids, key_segment_ids, causal, window
     )
-    probabilities, lse = _softmax(scores, visible)
+    weights, total, lse = _exponentials(scores, visible)
     out = jnp.einsum(
-        "bktgs,bskd->btkgd", probabilities.astype(v.dtype), v, preferred_element_type=jnp.float32
+        "bktgs,bskd->bktgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
+    out = jnp.swapaxes(out / total, 1, 2)
     out = out.astype(q.dtype).reshape(batch, queries, heads, v.shape[-1])
     if not return_lse:
         return out
@@ -135,21 +136,20 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     return out.astype(outs[0].dtype), jnp.where(seen, jnp.log(safe) + shift, -jnp.inf)
 
 
-def _softmax(scores: Array, visible: Array | None) -> tuple[Array, Array]:
-    """Probabilities `[b, k, t, g, s]` and log-sum-exp `[b, k, t, g]` of float32 scores, NaN-free
-    for empty rows.
+def _exponentials(scores: Array, visible: Array | None) -> tuple[Array, Array, Array]:
+    """Softmax before its division, NaN-free for rows that see nothing: weights `[b, k, t, g, s]`
+    in [0, 1], their sum `[b, k, t, g, 1]` (1 where nothing is seen), and the log-sum-exp
+    `[b, k, t, g]`.
     """
     if visible is not None:
-        visible = visible[:, None, :, None, :]
-        scores = jnp.where(visible, scores, -jnp.inf)
+        scores = jnp.where(visible[:, None, :, None, :], scores, -jnp.inf)
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
-    lse = jnp.where(seen, jnp.log(safe) + peak, -jnp.inf)
-    return weights / safe, lse[..., 0]
+    return weights, safe, jnp.where(seen, jnp.log(safe) + peak, -jnp.inf)[..., 0]
 
 
 def _check(q: Array, k: Array, v: Array, segments_paired: bool) -> None:
