@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -70,7 +71,7 @@ def _mapped(arguments: Any, axes: Any, *, contract: int) -> tuple[Array, int]:
 _bilinear = Primitive("weight_product")
 _bilinear.def_impl(jax.jit(_plain, static_argnames="contract"))
 _bilinear.def_abstract_eval(
-    lambda x, weight, *, contract: jax.core.ShapedArray(
+    lambda x, weight, *, contract: ShapedArray(
         (*x.shape[:-1], weight.shape[1 - contract]), jnp.float32
     )
 )

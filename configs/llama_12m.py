@@ -1,0 +1,42 @@
+"""The 12-million-parameter Llama of the speed benchmark, on the source of Python's library.
+
+python train.py --config=configs/llama_12m.py
+python benchmarks/train_step.py
+"""
+
+from ml_collections import ConfigDict
+
+from training import default_config
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = default_config()
+    config.name = "llama-12m"
+
+    config.data.path = "stdlib:"
+    config.data.stdlib_bytes = 16_000_000
+    config.data.tokenizer.kind = "bpe"
+    config.data.tokenizer.vocab_size = 4096
+    config.data.length = 256
+    config.data.batch_size = 8
+
+    config.model.vocab_size = 4096
+    config.model.d_model = 384
+    config.model.num_layers = 6
+    config.model.num_heads = 6
+    config.model.kv_heads = 2
+    config.model.d_ff = 1024
+    config.model.max_length = 256
+
+    config.train.steps = 500
+    config.train.scan_unroll = 0
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-3
+    config.schedule.name = "linear"
+    config.schedule.warmup = 0.04
+    config.schedule.floor = 0.0
+
+    config.evaluation.final_batches = 50
+    config.sample.tokens = 100
+    return config
