@@ -164,9 +164,3 @@ def test_a_config_is_a_claim_with_its_command(path):
         if program == "train.py" and f"--config=configs/{path.name}" in arguments
     ]
     assert own, f"{name(path)}: its docstring has no `python train.py --config=configs/{path.name}`"
-
-
-def test_the_base_install_is_small_and_without_torch():
-    packages = [re.split(r"[<>=\[ ]", line)[0] for line in PYPROJECT["project"]["dependencies"]]
-    assert len(packages) < 15
-    assert {"torch", "tensorflow", "transformers"} & set(packages) == set()

@@ -28,7 +28,6 @@ def test_a_notebook_is_kept_without_outputs_and_with_lines_that_fit(path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_on_one_cpu_device(path, tmp_path):
     nbformat = pytest.importorskip("nbformat")

@@ -130,6 +130,21 @@ def test_multipliers_of_a_models_rules_hold_where_its_placement_is_derived():
     assert not np.array_equal(state.params["out"]["kernel"], start["out"]["kernel"])
 
 
+def test_frozen_references_reach_the_users_loss(tmp_path):
+    teacher = init(jax.random.key(7))
+
+    def imitate(apply, params, batch, rng, frozen):
+        error = apply(params, batch, rng)[0] - apply(frozen, batch, rng)[0]
+        return jnp.mean(error**2), {}
+
+    task = from_functions(
+        init, apply, batch, imitate, validation=lambda: [batch(10**6)], frozen=teacher
+    )
+    result = train(task, CONFIG, tmp_path / "run", quiet=True)
+    start = imitate(apply, init(jax.random.key(0)), batch(10**6), None, frozen=teacher)[0]
+    assert result.evaluation["loss"] < float(start)
+
+
 def test_a_batch_of_unequal_rows_is_refused_by_name():
     with pytest.raises(ValueError, match=r"same first axis.*'y': \(3,\)"):
         from_functions(init, apply, lambda step: {"x": np.ones(4), "y": np.ones(3)}, loss)

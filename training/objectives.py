@@ -123,7 +123,7 @@ def classification(label_smoothing: float = 0.0) -> Objective:
 
 def three_functions(
     batch: Callable[[Any], Batch],
-    loss: Callable[[Apply, Any, Batch, Array], tuple[Array, Metrics]],
+    loss: Callable[..., tuple[Array, Metrics]],
     predict: Callable[[Apply, Any, Batch, Array], Any] | None = None,
     weight: Callable[[Batch], Array] = count_targets,
 ) -> Objective:
@@ -132,11 +132,12 @@ def three_functions(
 
     `loss` gives a scalar mean over what `weight(batch)` counts (rows, if the batch has no
     `loss_mask`) and a dict of scalar metrics. The loop owns sharding, accumulation, precision,
-    checkpoints and random keys.
+    checkpoints and random keys. A run with `frozen` references hands them on as `frozen=`.
     """
 
     def with_frozen(apply: Apply, params: Any, batch: Batch, rng: Array, frozen: Any = None):
-        return loss(apply, params, batch, rng)
+        given = {} if frozen is None else {"frozen": frozen}
+        return loss(apply, params, batch, rng, **given)
 
     return Objective(loss=with_frozen, weight=weight, predict=predict, batch=batch)
 

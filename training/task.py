@@ -136,7 +136,7 @@ def from_functions(
     init: Callable[[Array], Any],
     apply: Apply,
     batch: Callable[[int], Batch],
-    loss: Callable[[Apply, Any, Batch, Array], tuple[Array, Metrics]],
+    loss: Callable[..., tuple[Array, Metrics]],
     predict: Callable[[Apply, Any, Batch, Array], Any] | None = None,
     *,
     validation: Callable[[], Iterable[Batch]] | None = None,
@@ -146,6 +146,7 @@ def from_functions(
 ) -> Task:
     """A run of one's own: `batch(step)` makes arrays `[batch, ...]`, `loss` gives a scalar mean.
 
+    Where the run has `frozen` references, `loss` gets them too, as `frozen=`.
     Raises `ValueError` if the batch is empty or its arrays have different numbers of rows.
     """
     rows = {name: np.shape(array)[:1] for name, array in batch(0).items()}
