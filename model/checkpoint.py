@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -57,11 +58,11 @@ def save(
     if folder.exists():
         raise CheckpointError(f"{folder} exists; a checkpoint is never overwritten, choose another")
     partial = folder.with_name(folder.name + folders.PARTIAL)
-    write = {folders.PARAMS: ocp.args.PyTreeSave(arrays.storable(arrays.by_path(params)))}
+    items = {folders.PARAMS: arrays.by_path(params)}
     remove_partial(partial)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(partial, args=ocp.args.Composite(**write))
+        with ocp.Checkpointer(arrays.handler(*items)) as checkpointer:
+            checkpointer.save(partial, args=arrays.save_arguments(items))
         if jax.process_index() == 0:
             write_description(partial, config, params, files or {}, provenance or {})
             folders.commit(partial)
@@ -202,11 +203,18 @@ def _placed(params: Any, config: ModelConfig, layout: Layout | None) -> Any:
     )
 
 
-def remove_partial(partial: Path) -> None:
-    """Delete what a failed or killed save left behind (process 0 does it); raises nothing."""
-    if jax.process_index() == 0:
-        for entry in partial.parent.glob(f"{partial.name}*"):
+def remove_partial(partial: Path, seconds: float = 10.0) -> None:
+    """Delete what a failed or killed save left behind (process 0 does it); raises nothing.
+
+    Writers of other arrays may be at work for a moment after the first has failed, hence the tries.
+    """
+    deadline = time.monotonic() + seconds
+    while jax.process_index() == 0 and (left := list(partial.parent.glob(f"{partial.name}*"))):
+        for entry in left:
             shutil.rmtree(entry, ignore_errors=True)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
 
 
 def on_first_process(

@@ -21,6 +21,8 @@ from model.checkpoint_folder import CheckpointError
 from weights import from_flat, path_string
 
 Arrays = dict[str, Any]
+CHUNK_BYTES = 64 * 2**20
+"""Largest piece of an array stored as one, so that another mesh reads little but its own part."""
 
 
 def by_path(tree: Any) -> Arrays:
@@ -34,11 +36,30 @@ def by_path(tree: Any) -> Arrays:
     return named
 
 
-def storable(arrays: Arrays) -> dict[str, Any]:
-    """The nested dict that Orbax writes; an empty one becomes a single placeholder."""
-    return from_flat({path: _storable(leaf) for path, leaf in arrays.items()}) or {
-        "empty": np.zeros(0)
+def handler(*items: str) -> ocp.CompositeCheckpointHandler:
+    """Orbax's writer of a folder with one subfolder for each item.
+
+    Without compression: noise shrinks by 8 % only, and saving takes 4 times the CPU time.
+    """
+    return ocp.CompositeCheckpointHandler(
+        **{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in items}
+    )
+
+
+def save_arguments(items: Mapping[str, Arrays]) -> ocp.args.Composite:
+    """What Orbax writes for `{item: {path: array}}`; an empty item becomes a single placeholder."""
+    trees = {
+        item: from_flat({path: _storable(leaf) for path, leaf in arrays.items()})
+        or {"empty": np.zeros(0)}
+        for item, arrays in items.items()
     }
+    settings = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+    return ocp.args.Composite(
+        **{
+            item: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: settings, tree))
+            for item, tree in trees.items()
+        }
+    )
 
 
 def _storable(leaf: Any) -> Any:

@@ -64,6 +64,16 @@ def start(*arguments: object, devices: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
+    """Exit status, output and errors; a process that does not end is killed, which fails a test."""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
 def equal(left: Any, right: Any) -> None:
     """Two trees hold the same bits in the same types; typed keys are compared by their words."""
     assert jax.tree.structure(left) == jax.tree.structure(right)

@@ -9,7 +9,7 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from save_worker import CONFIG, KEEP_TWO, equal, start, state
+from save_worker import CONFIG, KEEP_TWO, equal, finish, start, state
 
 from training.checkpoints import Checkpoints
 
@@ -31,9 +31,8 @@ pytestmark = pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_leaves_a_good_checkpoint(
     tmp_path, step, event, pattern, expected
 ):
-    process = start("kill", tmp_path, step, event, pattern)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == -9, output + errors
+    status, output, errors = finish(start("kill", tmp_path, step, event, pattern))
+    assert status == -9, output + errors
     with Checkpoints(tmp_path, KEEP_TWO) as checkpoints:
         assert checkpoints.steps() == expected
         newest = checkpoints.latest_good()
@@ -47,8 +46,10 @@ def test_a_kill_in_the_middle_of_a_save_leaves_a_good_checkpoint(
 
 def test_a_replacement_cut_short_between_its_two_renames_is_finished(tmp_path):
     """The old checkpoint has lost its name and the new one has none yet."""
-    process = start("kill", tmp_path, 3, "os.rename", r"00000003.partial -> .*00000003$")
-    process.communicate(timeout=120)
+    status, output, errors = finish(
+        start("kill", tmp_path, 3, "os.rename", r"00000003.partial -> .*00000003$")
+    )
+    assert status == -9, output + errors
     (tmp_path / "00000002").rename(tmp_path / "00000003.replaced")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1, 3]
@@ -70,7 +71,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, delay):
 
 
 def test_a_file_size_limit_fails_loudly_and_leaves_the_run_resumable(tmp_path):
-    output, errors = start("limit", tmp_path, 200_000).communicate(timeout=120)
+    _, output, errors = finish(start("limit", tmp_path, 200_000))
     assert re.search(r"failed: checkpoint of step 2 .* resumable from step 1", output), (
         output + errors
     )
@@ -84,9 +85,8 @@ def test_two_processes_save_and_one_restores(tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     processes = [start("join", tmp_path, address, index, devices=4) for index in (0, 1)]
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, output + errors
+    for status, output, errors in [finish(process) for process in processes]:
+        assert status == 0, output + errors
         assert "refused: checkpoint of step 7" in output
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [2]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from save_worker import CONFIG, equal, state
@@ -181,6 +181,7 @@ def test_policies_keep_the_last_every_nth_and_the_best(tmp_path):
         assert checkpoints.metrics(3) == {"loss": 1.0}
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.integers(0, 99), st.dictionaries(st.just("m"), st.floats()), min_size=1),
     st.integers(1, 4),

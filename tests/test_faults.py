@@ -36,8 +36,8 @@ def losses(count, seed=0):
     return 2 + 3 * np.exp(-np.arange(count) / 150) + noise
 
 
-def watch(values, **settings):
-    detector = SpikeDetector(**settings)
+def watch(values):
+    detector = SpikeDetector()
     return [found for step, loss in enumerate(values, 1) if (found := detector.update(step, loss))]
 
 
@@ -118,9 +118,9 @@ SPIKE = Incident("spike", "malignant", onset=501, detected=601, loss_before=2, l
 NAN = Incident("nonfinite", "", onset=550, detected=550, loss_before=2, loss=math.nan, in_a_row=1)
 
 
-def choose(incident, checkpoints=(100, 400, 492, 493, 600), rollbacks=0, skips=(), **settings):
+def choose(incident, checkpoints=(100, 400, 492, 493, 600), rollbacks=0, skips=(), **fields):
     stream = FunctionStream(lambda index: {}, skips)
-    config = FaultConfig(**settings)
+    config = FaultConfig(**fields)
     return decide(incident, config, checkpoints, rollbacks, stream.batch_index)
 
 
@@ -169,6 +169,7 @@ def test_settings_that_make_no_sense_are_refused_by_name():
         FaultConfig(z=0)
 
 
+@settings(deadline=None)
 @given(
     st.integers(20, 60),
     st.lists(st.tuples(st.integers(0, 15), st.integers(1, 5)), max_size=3),

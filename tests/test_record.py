@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import json_lines
@@ -83,6 +83,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
         json_lines.read(path)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(), max_size=5))
 def test_every_number_survives_strict_json(values):
     line = json_lines.encode({"values": values, "array": np.float32(1.5), "device": jnp.arange(2)})
@@ -155,6 +156,7 @@ def test_a_killed_job_leaves_no_lock(tmp_path):
     Record(tmp_path, {"a": 1}).close()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(0, 8), st.integers(0, 2**32 - 1))
 def test_the_hash_of_a_batch_is_that_of_its_parts_on_any_number_of_hosts(rows, cut, seed):
     random = np.random.default_rng(seed)

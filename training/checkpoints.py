@@ -78,7 +78,8 @@ class Checkpoints:
         self.config = config or CheckpointConfig()
         on_first_process(self._prepare)
         self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(), timeout_secs=self.config.timeout_seconds
+            arrays.handler(folders.PARAMS, folders.TRAIN_STATE),
+            timeout_secs=self.config.timeout_seconds,
         )
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -105,7 +106,6 @@ class Checkpoints:
         self.wait()
         params, rest = split(state)
         items = {folders.PARAMS: arrays.by_path(params), folders.TRAIN_STATE: rest}
-        write = {name: ocp.args.PyTreeSave(arrays.storable(tree)) for name, tree in items.items()}
         partial = self._partial(step)
         self._saving = step
         description = jax.tree.map(_shape_only, params)
@@ -119,7 +119,7 @@ class Checkpoints:
             self._prune()
 
         try:
-            self._writer.save(partial, args=ocp.args.Composite(**write))
+            self._writer.save(partial, args=arrays.save_arguments(items))
         except Exception as error:
             remove_partial(partial)
             raise self._failed(step, error) from error
@@ -158,8 +158,8 @@ class Checkpoints:
         return state, folders.read_json(folder / folders.CURSOR)["cursor"]
 
     def steps(self) -> list[int]:
-        """Steps with a committed checkpoint, ascending."""
-        return folders.steps(self.folder)
+        """Steps with a committed checkpoint, ascending, the same on all processes."""
+        return json.loads(on_first_process(lambda: json.dumps(folders.steps(self.folder))))
 
     def good_steps(self) -> list[int]:
         """Steps whose checkpoints have all their files in full size, the same on all processes.
@@ -185,9 +185,7 @@ class Checkpoints:
         They move to the folder `branch`, or are deleted if it is None.
         """
         self.wait()
-        later = [step for step in self.steps() if step > after]
-        on_first_process(lambda: self._move(later, branch))
-        return later
+        return json.loads(on_first_process(lambda: json.dumps(self._move(after, branch))))
 
     def check(self) -> None:
         """Raise `CheckpointError` if the save in the background has failed; costs nothing and never
@@ -255,7 +253,7 @@ class Checkpoints:
     def _complete(self) -> list[int]:
         return [
             step
-            for step in self.steps()
+            for step in folders.steps(self.folder)
             if folders.problem(self.folder / folders.step_name(step), read=False) is None
         ]
 
@@ -264,14 +262,14 @@ class Checkpoints:
             step = folders.newest_good(self.folder)
             if step is None:
                 raise CheckpointError(
-                    f"{self.folder}: no checkpoint is whole (found {self.steps()})"
+                    f"{self.folder}: no checkpoint is whole (found {folders.steps(self.folder)})"
                 )
             return step
         text = folders.problem(self.folder / folders.step_name(step))
         if text is not None:
             raise CheckpointError(
                 f"checkpoint of step {step} in {self.folder} cannot be used: {text}; "
-                f"steps there: {self.steps()}"
+                f"steps there: {folders.steps(self.folder)}"
             )
         return step
 
@@ -296,15 +294,16 @@ class Checkpoints:
         except (CheckpointError, KeyError, TypeError):
             return {}
 
-    def _move(self, steps: list[int], branch: Path | None) -> str:
-        for step in steps:
+    def _move(self, after: int, branch: Path | None) -> list[int]:
+        later = [step for step in folders.steps(self.folder) if step > after]
+        for step in later:
             source = self.folder / folders.step_name(step)
             if branch is None:
                 folders.discard(source)
             else:
                 branch.mkdir(parents=True, exist_ok=True)
                 shutil.move(source, branch / source.name)
-        return ""
+        return later
 
 
 def split(state: Any) -> tuple[Any, dict[str, Any]]:
