@@ -1,9 +1,9 @@
 """What a model is: config, params, forward pass, caches and generation (seams 2 and 3); pure
 functions over pytrees.
 
-config = ModelConfig(vocab_size=256, d_model=128, num_layers=4, num_heads=4, tied_embeddings=True)
-params = init(config, jax.random.key(0))
-logits, aux = forward(params, tokens, config)
+    config = ModelConfig(vocab_size=256, d_model=128, num_layers=4, num_heads=4)
+    params = init(config, jax.random.key(0))
+    logits, aux = forward(params, tokens, config)
 """
 
 from model.block import block

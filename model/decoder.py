@@ -8,7 +8,7 @@ carries the cache, so that no second cache is ever allocated.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,7 @@ def hidden_states(
     inputs_embeds: Array | None = None,
     cache: DecoderCache | None = None,
     until_layer: int | None = None,
-    taps: Iterable[str] = (),
+    taps: Sequence[str] = (),
     rng: Array | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """What the head multiplies: the residual stream after the layers and the final norm.
@@ -69,16 +69,15 @@ def hidden_states(
         tokens: `int32[batch, length]`, or None with `inputs_embeds`.
         config: what the model is.
         runtime: how it runs.
-        positions: `int32[batch, length]` within each document; None counts from 0, or from what the
-            cache holds.
+        positions: `int32[batch, length]` within each document; None counts in each document, or
+            from what the cache holds.
         segment_ids: `int32[batch, length]`; documents see only themselves, 0 is padding. None: one
             document a row.
         inputs_embeds: `[batch, length, d_model]` in place of embedded tokens.
         cache: earlier keys and values; the new cache comes back as `aux["cache"]`. Tokens stand
             after what it holds; each row is one document, and segment id 0 is padding on the right.
         until_layer: run only layers `0..until_layer-1`.
-        taps: names of intermediates: "embeddings", "layers/3/hidden", "layers/3/attention_output",
-            …
+        taps: names of intermediates: "embeddings", "layers/3/hidden", "layers/3/query", …
         rng: key for dropout; None turns dropout off.
 
     Returns:
@@ -90,7 +89,7 @@ def hidden_states(
     x = _inputs(params, tokens, inputs_embeds, config, runtime)
     _check_length(x.shape[1], config)
     meta = None if cache is None else _step(cache, x.shape, positions, segment_ids)
-    positions = _positions(x.shape, positions, meta)
+    positions = _positions(x.shape, positions, segment_ids, meta)
     x = _embed(params, x, positions, config, runtime, rng)
     taken = {"embeddings": x} if "embeddings" in wanted else {}
     reports, caches = [], {}
@@ -258,15 +257,24 @@ def _step(
     return cache.step(shape, segment_ids)
 
 
-def _positions(shape: tuple[int, ...], positions: Array | None, meta: StepMeta | None) -> Array:
-    """The positions given, or after what the cache holds, or counted from 0: `int32[batch,
-    length]`.
+def _positions(
+    shape: tuple[int, ...],
+    positions: Array | None,
+    segment_ids: Array | None,
+    meta: StepMeta | None,
+) -> Array:
+    """`int32[batch, length]`: after what a cache holds, or as given, or counted in each
+    document.
     """
     if meta is not None:
         return meta.positions
     if positions is not None:
         return positions
-    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape[:2])
+    places = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape[:2])
+    if segment_ids is None:
+        return places
+    begins = segment_ids != jnp.roll(segment_ids, 1, axis=1)
+    return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 def _check_until(until_layer: int | None, config: ModelConfig) -> int:

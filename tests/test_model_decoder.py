@@ -60,6 +60,8 @@ def test_packed_documents_give_the_logits_they_have_alone(positions):
     places = jnp.asarray([[0, 1, 2, 3, 4, 5, 0, 1, 2, 0]])
     segments = jnp.asarray([[1] * 6 + [2] * 3 + [0]])
     logits, _ = apply(params, packed, config, positions=places, segment_ids=segments)
+    counted, _ = apply(params, packed, config, segment_ids=segments)
+    np.testing.assert_allclose(counted[:, :9], logits[:, :9], atol=2e-5)
     np.testing.assert_allclose(logits[:, :6], apply(params, first, config)[0], atol=2e-5)
     np.testing.assert_allclose(logits[:, 6:9], apply(params, second, config)[0], atol=2e-5)
     assert np.isfinite(np.asarray(logits)).all()
