@@ -81,6 +81,9 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path):
     again = train_language_model(config, undisturbed.workdir, quiet=True)
     assert again.finished
     assert len(read(undisturbed.workdir / "metrics.jsonl")) == 6
+    assert [row["step"] for row in read(undisturbed.workdir / "evaluations.jsonl")] == [2, 4, 6]
+    assert read(undisturbed.workdir / "incidents.jsonl") == []
+    assert again.evaluation == undisturbed.evaluation
     equal(again.state.params, undisturbed.state.params)
 
 
@@ -139,6 +142,7 @@ def test_data_that_has_changed_under_a_run_is_an_error(tmp_path):
         ({"data__batch_size": 12}, r"a batch of 12 rows does not divide into 8 devices"),
         ({"mesh__fsdp": 3}, r"fsdp=3"),
         ({"mesh__tensor": 8}, r"num_heads|heads"),
+        ({"mesh__stage": 2}, r"mesh.stage=2"),
         ({"train__trainable": "no/such/path.*"}, "train.trainable"),
         ({"data__path": "/no/such/file.txt"}, "/no/such/file.txt"),
     ],

@@ -27,7 +27,7 @@ from training.schedules import SCHEDULES, ScheduleConfig, make_schedule
 from training.setup import run_layout
 from training.state import TrainState, init_state, new_state
 from training.step import make_step
-from training.task import FunctionStream, Task, from_functions
+from training.task import FunctionStream, Task, from_functions, predict
 
 __all__ = [
     "OBJECTIVES",
@@ -62,6 +62,7 @@ __all__ = [
     "make_schedule",
     "make_step",
     "new_state",
+    "predict",
     "run_config",
     "run_layout",
     "three_functions",

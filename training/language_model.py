@@ -89,6 +89,7 @@ def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | No
         derived=lambda metrics: {
             "bits_per_byte": metrics["loss"] / math.log(2) / dataset.bytes_per_token
         },
+        unit="tokens",
         flops_per_token=flops_per_token(model, data.length),
         model=model,
         files=dataset.tokenizer.files(),
@@ -127,8 +128,10 @@ def report(result: Result, config: RunConfig, dataset: Dataset) -> None:
     if config.sample.tokens:
         prompt, text = sample(result.state.params, config, dataset)
         print(f"sample: {prompt}\N{RIGHTWARDS ARROW}{text}")
-    print(f"run: {result.workdir}")
-    print(f"plot: {result.workdir / 'loss.png'}")
+    here = Path.cwd()
+    run = result.workdir
+    shown = run.relative_to(here) if run.is_relative_to(here) else run
+    print(f"run: {shown}\nplot: {shown / 'loss.png'}")
 
 
 def sample(params: Any, config: RunConfig, dataset: Dataset) -> tuple[str, str]:

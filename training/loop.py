@@ -19,13 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sharding import Layout, rules_table
+from training import json_lines
 from training.checkpoints import Checkpoints
 from training.config import RunConfig, config_dict
 from training.deferral import DeferredStream
 from training.errors import RunError
 from training.evaluation import evaluate
 from training.faults import Action, SpikeDetector, decide
-from training.json_lines import plain
 from training.profiler import Profiler
 from training.progress import RunProgress, count
 from training.provenance import provenance
@@ -101,7 +101,7 @@ def train(
             run.until(min(stop_at or config.train.steps, config.train.steps), stop)
         finally:
             run.close()
-        return run.finish(stop.reason or ("" if stop_at is None else f"stopped at step {stop_at}"))
+        return run.finish(stop.reason or ("" if stop_at is None else f"stop_at={stop_at}"))
 
 
 class Training:
@@ -143,7 +143,7 @@ class Training:
 
     def _check_data(self) -> None:
         try:
-            self.task.check_data(self.record.data, plain(self.task.manifest), self.step)
+            self.task.check_data(self.record.data, json_lines.plain(self.task.manifest), self.step)
         except ValueError as error:
             raise RunError(
                 f"{self.record.folder.order}: the data has changed since this run began, so its "
@@ -156,8 +156,11 @@ class Training:
             self.progress.say(f"changed since the run began: {name} {before!r} -> {now!r}")
         if self.task.rules is None or self.config.sharding.rules == "auto":
             self.progress.say(f"derived sharding rules:\n{rules_table(self.functions.rules)}")
-        if self.step:
+        if self.step >= self.config.train.steps:
+            self.progress.say(f"{self.record.folder.root} has done all its {self.step} steps")
+        elif self.step:
             self.progress.say(f"resuming {self.record.folder.root} from step {self.step}")
+        if self.record.changed or 0 < self.step < self.config.train.steps:
             self.record.incidents.add("restart", step=self.step, changed=self.record.changed)
 
     def until(self, last: int, stop: GracefulStop) -> None:
@@ -182,7 +185,9 @@ class Training:
         total = self.config.train.steps
         finished = self.step >= total
         if finished:
-            self.evaluate(self.config.evaluation.final_batches)
+            self.evaluation = self._recorded_evaluation()
+            if not self.evaluation:
+                self.evaluate(self.config.evaluation.final_batches)
         if self.saved != self.step:
             self.save()
         self.watchdog.beat(self.step, "checkpoint")
@@ -191,7 +196,7 @@ class Training:
         if not finished:
             self.record.incidents.add("interrupted", step=self.step, reason=reason)
             self.progress.say(
-                f"stopped ({reason}); saved step {self.step} of {total} in "
+                f"stopped: {reason}; saved step {self.step} of {total} in "
                 f"{self.record.folder.root}; the same command resumes it"
             )
         root = self.record.folder.root
@@ -338,6 +343,12 @@ class Training:
         self.step = self.saved = int(cursor["step"])
         self.detector = SpikeDetector.from_config(self.config.faults, cursor["detector"])
 
+    def _recorded_evaluation(self) -> dict[str, float]:
+        """The evaluation of this step, if there is one: a finished run repeats nothing."""
+        rows = json_lines.read(self.record.folder.evaluations)
+        row = next((row for row in reversed(rows) if row["step"] == self.step), {})
+        return {name: float(value) for name, value in row.items() if name not in ("step", "time")}
+
     def _evaluate(self, params: Any, limit: int) -> dict[str, float]:
         assert self.task.validation is not None
         batches = self.task.validation(self.functions.rows)
@@ -389,7 +400,7 @@ class Training:
         text = f"loss {values['loss']:.4f}"
         if seconds is not None:
             speed = values["tokens"] / seconds
-            text += f"  {count(speed)} tokens/s"
+            text += f"  {count(speed)} {self.task.unit}/s"
             devices = self.functions.layout.mesh.size
             mfu = model_flops_utilization(speed, self.task.flops_per_token, devices)
             text += f"  MFU {mfu:.1%}" if mfu else ""

@@ -38,7 +38,15 @@ Array = jax.Array
 
 
 def run_layout(config: RunConfig) -> Layout:
-    """The mesh of a config over all devices, with its sharding tables."""
+    """The mesh of a config over all devices, with its sharding tables.
+
+    Raises `ValueError` where the mesh does not fit the devices, or asks for pipeline stages.
+    """
+    if config.mesh.stage != 1:
+        raise ValueError(
+            f"mesh.stage={config.mesh.stage}: no pipeline runs over this axis yet, so its devices "
+            "would repeat each other's work; use 1, and fsdp or tensor instead"
+        )
     return make_layout(make_mesh(config.mesh), config.sharding)
 
 

@@ -107,6 +107,7 @@ class Task:
     batch_axes: `(name, array) -> logical axes` of a batch's arrays.
     batch_size: rows of a batch over all hosts.
     derived: `metrics -> more metrics` of an evaluation, such as bits per byte.
+    unit: what the objective's weight counts, as the progress line names it.
     flops_per_token: training FLOPs of one target, for MFU; 0 if not known.
     model: written into checkpoints, so that serving can read them; None for other models.
     files: tokenizer files and the like that travel in every checkpoint.
@@ -125,6 +126,7 @@ class Task:
     phases: tuple[Callable[[int, TrainState], TrainState], ...] = ()
     batch_axes: Callable[[str, np.ndarray], tuple[str | None, ...]] = batch_first
     derived: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda metrics: {}
+    unit: str = "rows"
     flops_per_token: float = 0.0
     model: ModelConfig | None = None
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
@@ -170,4 +172,14 @@ def from_functions(
         rules=rules,
         frozen=frozen,
         phases=phases,
+    )
+
+
+def predict(task: Task, params: Any, batch: Batch, rng: Array | None = None) -> Any:
+    """The task's predictions for a batch, compiled. Raises `ValueError` if it has no `predict`."""
+    function = task.objective.predict
+    if function is None:
+        raise ValueError("this task has no predict function; give one to from_functions")
+    return jax.jit(lambda params, batch, rng: function(task.apply, params, batch, rng))(
+        params, dict(batch), jax.random.key(0) if rng is None else rng
     )
