@@ -1,5 +1,4 @@
-"""What lies in a checkpoint folder, when it counts as complete, and how the newest good one is
-found.
+"""What lies in a checkpoint folder, when it is whole, and how the newest good one is found.
 
     FOLDER/params/           arrays (Orbax), all that inference reads
     FOLDER/train_state/      the rest of a training state: optimizer, step, rng (training only)
@@ -42,9 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, found or read; the message names the folder and the way
-    out.
-    """
+    """A checkpoint that cannot be written, found or read; the message names it and the way out."""
 
 
 def step_name(step: int) -> str:
@@ -53,9 +50,7 @@ def step_name(step: int) -> str:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps whose save was renamed into place under `RUN/checkpoints`, ascending; says nothing of
-    their health.
-    """
+    """Steps with a folder under `RUN/checkpoints`, ascending, whole or not."""
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
@@ -103,8 +98,7 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 
 def commit(partial: Path, checksums: bool = True) -> Path:
-    """Flush every file, write `commit.json` and rename `NAME.partial` to `NAME`; a `NAME` already
-    there is replaced.
+    """Flush every file, write `commit.json`, rename `NAME.partial` to `NAME`, replacing that.
 
     Once this returns, the checkpoint survives a loss of power. `checksums` reads every file once
     more.
@@ -153,9 +147,7 @@ def problem(
 
 
 def newest_good(folder: Path, parts: Iterable[str] = (PARAMS, TRAIN_STATE)) -> int | None:
-    """The highest step under `RUN/checkpoints` that is whole; each one passed over is named in a
-    warning.
-    """
+    """The highest step that is whole; a warning names each one that is passed over."""
     for step in reversed(steps(folder)):
         text = problem(folder / step_name(step), parts)
         if text is None:
@@ -165,8 +157,7 @@ def newest_good(folder: Path, parts: Iterable[str] = (PARAMS, TRAIN_STATE)) -> i
 
 
 def locate(folder: str | Path, parts: Iterable[str] = (PARAMS,)) -> Path:
-    """The one checkpoint that a run folder, its `checkpoints/` or a checkpoint folder stands for,
-    verified.
+    """The verified checkpoint that a run, its `checkpoints/` or a checkpoint folder stands for.
 
     A run gives its newest good checkpoint. Raises `CheckpointError` for a named checkpoint that is
     not whole.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 import threading
 from collections.abc import Mapping
@@ -28,8 +27,6 @@ from model.checkpoint import check_config, on_first_process, remove_partial, wri
 from model.checkpoint_folder import CheckpointError
 from model.config import ModelConfig
 from training.retention import kept
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +68,7 @@ class Checkpoints:
     """The checkpoints of one run, which this process (or group of processes) owns."""
 
     def __init__(self, folder: str | Path, config: CheckpointConfig | None = None) -> None:
-        """`folder` is `RUN/checkpoints`; it is made, and what a killed save left in it is finished
-        or deleted.
-        """
+        """`folder` is `RUN/checkpoints`; what a killed save left in it is finished or deleted."""
         self.folder = Path(folder).absolute()
         self.config = config or CheckpointConfig()
         on_first_process(self._prepare)
@@ -84,6 +79,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saving: int | None = None
+        self._verified: set[int] = set()
 
     def save(
         self,
@@ -95,8 +91,7 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start saving a state after `step` updates; a checkpoint of that step already there is
-        replaced.
+        """Start saving a state after `step` updates; a checkpoint of that step is replaced.
 
         `state` is a mapping or dataclass pytree with `params`; everything else in it goes to
         `train_state/`. It may be donated as soon as this returns. `cursor` is any JSON that
@@ -108,6 +103,7 @@ class Checkpoints:
         items = {folders.PARAMS: arrays.by_path(params), folders.TRAIN_STATE: rest}
         partial = self._partial(step)
         self._saving = step
+        self._verified.discard(step)
         description = jax.tree.map(_shape_only, params)
 
         def finish() -> None:
@@ -131,12 +127,11 @@ class Checkpoints:
     def restore(
         self, step: int | None, abstract_state: Any, config: ModelConfig | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """The state of a step (None: the newest good one) in the shapes and shardings of
-        `abstract_state`, and its cursor.
+        """The state of a step (None: the newest good one), and its cursor.
 
-        The mesh and the number of processes may differ from those that saved. With `config`, a
-        checkpoint of another architecture is an error that names the fields. Raises
-        `CheckpointError` if a named step is not whole.
+        Arrays take the shapes and shardings of `abstract_state`: mesh and number of processes may
+        differ from those that saved. With `config`, a checkpoint of another architecture is an
+        error that names the fields. Raises `CheckpointError` if a named step is not whole.
         """
         self.wait()
         step = int(on_first_process(lambda: str(self._whole(step))))
@@ -171,7 +166,7 @@ class Checkpoints:
 
     def latest_good(self) -> int | None:
         """The newest step whose checkpoint is whole; each one passed over is named in a warning."""
-        found = on_first_process(lambda: str(folders.newest_good(self.folder)))
+        found = on_first_process(lambda: str(self._newest_good()))
         return None if found == "None" else int(found)
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -179,8 +174,7 @@ class Checkpoints:
         return folders.read_json(self.folder / folders.step_name(step) / folders.CURSOR)["metrics"]
 
     def abandon(self, after: int, branch: Path | None = None) -> list[int]:
-        """Take checkpoints later than `after` out of the run, which a rollback has left behind;
-        their steps.
+        """Take checkpoints later than `after` out of the run after a rollback; their steps.
 
         They move to the folder `branch`, or are deleted if it is None.
         """
@@ -188,16 +182,12 @@ class Checkpoints:
         return json.loads(on_first_process(lambda: json.dumps(self._move(after, branch))))
 
     def check(self) -> None:
-        """Raise `CheckpointError` if the save in the background has failed; costs nothing and never
-        waits.
-        """
+        """Raise `CheckpointError` if the save in the background has failed; never waits."""
         if self._failure is not None and jax.process_count() == 1:
             self.wait()
 
     def wait(self) -> None:
-        """Return when the save under way is complete on all processes; raises `CheckpointError` if
-        it failed.
-        """
+        """Return when the save under way is complete on all processes, or raise if it failed."""
         if self._thread is None:
             return
         self._thread.join()
@@ -257,15 +247,22 @@ class Checkpoints:
             if folders.problem(self.folder / folders.step_name(step), read=False) is None
         ]
 
+    def _newest_good(self) -> int | None:
+        step = folders.newest_good(self.folder)
+        if step is not None:
+            self._verified.add(step)
+        return step
+
     def _whole(self, step: int | None) -> int:
         if step is None:
-            step = folders.newest_good(self.folder)
+            step = self._newest_good()
             if step is None:
                 raise CheckpointError(
                     f"{self.folder}: no checkpoint is whole (found {folders.steps(self.folder)})"
                 )
             return step
-        text = folders.problem(self.folder / folders.step_name(step))
+        read = step not in self._verified
+        text = folders.problem(self.folder / folders.step_name(step), read=read)
         if text is not None:
             raise CheckpointError(
                 f"checkpoint of step {step} in {self.folder} cannot be used: {text}; "

@@ -1,5 +1,4 @@
-"""A stream of batches in which some are moved to the end of the run (LLM360 K2's answer to a
-spike).
+"""A stream in which some batches are moved to the end of the run (LLM360 K2's answer to a spike).
 
 With n batches deferred, a run of N steps reads all others in N - n steps and those n in its last n.
 """
@@ -16,8 +15,7 @@ from training.task import Batch, Skips, Stream
 
 @dataclasses.dataclass(frozen=True)
 class DeferredStream:
-    """`stream` in which the `deferred` ranges of batches come in the last steps of a run of
-    `steps`.
+    """`stream` in which `deferred` ranges of batches come last in a run of `steps`.
 
     `skips` are never used, as in the stream itself.
     """

@@ -1,5 +1,4 @@
-"""Files of one JSON object a line: appended whole, read past a torn end, cut back when a run
-resumes.
+"""Files of one JSON object a line: appended whole, read past a torn end, cut back on a resume.
 
 Numbers that are not finite are written as the strings "nan", "inf" and "-inf", which every JSON
 reader takes and `float` turns back.
@@ -57,9 +56,7 @@ def append(path: Path, row: Mapping[str, Any], durable: bool = False) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows; a last line that a kill cut short is left out. Raises `ValueError` for other bad
-    lines.
-    """
+    """All rows but a last line that a kill cut short; raises `ValueError` for other bad lines."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -73,9 +70,7 @@ def read(path: Path) -> list[Row]:
 
 
 def cut(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
-    """Cut the file before its first row that `keep` refuses; the rows cut off. A torn last line
-    goes too.
-    """
+    """Cut the file before its first row that `keep` refuses, or that is torn; the rows cut off."""
     if not path.exists():
         return []
     end = 0

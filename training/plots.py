@@ -12,8 +12,7 @@ from training import json_lines
 
 
 def plot_loss(metrics: Path, evaluations: Path, out: Path, title: str = "") -> Path:
-    """Draw `metrics.jsonl` and `evaluations.jsonl` to an image; points that are not finite are left
-    out.
+    """Draw `metrics.jsonl` and `evaluations.jsonl`; points that are not finite are left out.
 
     Raises `ValueError` if there is nothing to draw.
     """
@@ -48,9 +47,7 @@ def plot_loss(metrics: Path, evaluations: Path, out: Path, title: str = "") -> P
 
 
 def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """Exponential average over about `share` of the points, `[n] -> [n]`, without the bias of its
-    start.
-    """
+    """Exponential average over about `share` of the points, `[n] -> [n]`, unbiased at its start."""
     decay = 1.0 - 1.0 / max(share * len(values), 1.0)
     total, weight, averages = 0.0, 0.0, []
     for value in values:

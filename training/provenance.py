@@ -40,9 +40,7 @@ def provenance(
 
 
 def code_revision(folder: Path = ROOT) -> dict[str, Any]:
-    """`{"revision": hash, "dirty": bool}` of a git checkout; both None where there is no git or no
-    checkout.
-    """
+    """`{"revision": hash, "dirty": bool}` of a git checkout; both None where there is none."""
     revision = _git(folder, "rev-parse", "HEAD")
     if revision is None:
         return {"revision": None, "dirty": None}

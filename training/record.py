@@ -1,5 +1,4 @@
-"""A run's record while it is made: rows of metrics, evaluations and incidents, and the data's
-order.
+"""A run's record while it is made: metrics, evaluations, incidents, and the data's order.
 
 Process 0 writes; on the others all methods but `incidents` do nothing. No step ever stands twice in
 a file: `rewind` cuts off what came after the step that a run goes on from.
@@ -186,8 +185,7 @@ def _tensorboard_writer(folder: Path, step: int) -> Any:
 
 
 def batch_hash(batch: Mapping[str, Any], first_row: int = 0) -> int:
-    """A 64-bit sum over the rows of a batch (arrays `[rows, ...]`), of which the first is row
-    `first_row`.
+    """A 64-bit sum over the rows of a batch, arrays `[rows, ...]` that begin at row `first_row`.
 
     Parts of a batch on several hosts add up, modulo 2^64, to the hash of the whole: `combine`.
     """

@@ -103,8 +103,7 @@ class RunFolder:
 def claim(
     folder: RunFolder, config: Mapping[str, Any], may_change: tuple[str, ...] = MAY_CHANGE
 ) -> dict[str, list[Any]]:
-    """Make the folder, or take it up again; `{field: [before, now]}` of what has changed in the
-    config.
+    """Make the folder, or take it up again; `{field: [before, now]}` of changes in the config.
 
     Raises `RunError` if another run, or anything else, stands there; nothing is then touched.
     """

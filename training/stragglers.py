@@ -51,9 +51,7 @@ def gather(summary: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Straggler:
-    """A process that holds the others up: which, what is slow ("host" or "device"), and by how
-    much.
-    """
+    """A process that holds the others up, and whether by its "host" or its "device"."""
 
     process: int
     part: str

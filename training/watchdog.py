@@ -31,9 +31,7 @@ class Watchdog:
         long_seconds: float = 1800.0,
         poll_seconds: float = 1.0,
     ) -> None:
-        """`seconds` (or 10 median steps, if longer) is the limit of a step, `long_seconds` that of
-        any other phase.
-        """
+        """`seconds`, or 10 median steps, limit a step; `long_seconds` limits any other phase."""
         self.incidents, self.seconds, self.long_seconds = incidents, seconds, long_seconds
         self._poll = min(poll_seconds, seconds / 4)
         self._beats: deque[float] = deque(maxlen=64)
