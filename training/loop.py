@@ -219,7 +219,8 @@ class Training:
             row |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}
         self.evaluation = row
         self.record.evaluation(self.step, row)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "tokens")
+        names = ["loss", *(name for name in row if name not in ("loss", "log_z", "tokens"))]
+        shown = "  ".join(f"{name} {row[name]:.4f}" for name in names)
         self.progress.say(f"step {self.step}  validation: {shown}")
         self.clock.evaluation(time.perf_counter() - start)
         self._back_to_steps()
