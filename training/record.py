@@ -24,6 +24,8 @@ from training.plots import plot_loss
 from training.run_folder import MAY_CHANGE, RunFolder, claim, lock
 
 Ranges = tuple[tuple[int, int], ...]
+TENSORBOARD_SECONDS = 1.0
+"""Least time between two training steps in TensorBoard (0.7 ms each); `metrics.jsonl` has all."""
 NEW_ORDER: Mapping[str, Any] = {"data": {}, "skips": [], "deferred": []}
 
 
@@ -46,6 +48,7 @@ class Record:
         self.changed: dict[str, list[Any]] = {}
         self._lock: Any = None
         self._last_step = 0
+        self._drawn = -TENSORBOARD_SECONDS
         on_first_process(lambda: self._open(config, may_change), RunError)
         exists = self.folder.order.exists()
         self._order = read_json(self.folder.order) if exists else dict(NEW_ORDER)
@@ -85,7 +88,9 @@ class Record:
         row = {"step": step, "time": round(time.time(), 3), **values}
         json_lines.append(self.folder.metrics, row | ({"batch": batch} if batch else {}))
         self._last_step = step
-        self._scalars("train", step, values)
+        if time.monotonic() - self._drawn >= TENSORBOARD_SECONDS:
+            self._drawn = time.monotonic()
+            self._scalars("train", step, values)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Add the row of an evaluation of the parameters after `step`."""
