@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(command) -> int:
     import jax
 
+    from model.checkpoint_folder import CheckpointError
     from sharding import initialize_distributed
     from training.command_line import default_workdir
     from training.errors import RunError
@@ -53,8 +54,10 @@ def _run(command) -> int:
         if command.get("dry-data"):
             return dry_data(command.config, workdir)
         return train_language_model(command.config, workdir).exit_status
-    except (RunError, ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (RunError, CheckpointError, ValueError, OSError) as error:
+        if os.environ.get("SHEAF_TRACEBACK"):
+            raise
+        print(f"train.py: {error}\n(SHEAF_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
 

