@@ -1,9 +1,11 @@
 """A small Llama on the source of Python's own standard library: the first thing to run.
 
-    make quickstart            (or: python train.py --config=configs/quickstart.py)
-    python train.py --config=configs/quickstart.py --config.data.path=my_texts/
+python train.py --config=configs/quickstart.py
+python train.py --config=configs/quickstart.py --config.data.path=my_texts/
 
-Claim: on two CPU cores it takes two to three minutes.
+Claim: on two CPU cores, two to three minutes from nothing to a validation loss of about 3.2 nats
+per token (1.5 bits per byte) and text that looks like Python from afar. The exact loss depends on
+the version of Python, whose library is the text.
 """
 
 from ml_collections import ConfigDict
@@ -29,17 +31,20 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 6
     config.model.kv_heads = 2
     config.model.max_length = 128
+    config.model.qk_norm = "head"
     config.model.tied_embeddings = True
 
-    config.train.steps = 600
+    config.train.steps = 400
     config.train.scan_unroll = 0
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 3e-3
-    config.schedule.name = "wsd"
+    config.optimizer.learning_rate = 1e-2
+    config.schedule.name = "linear"
+    config.schedule.warmup = 0.02
+    config.schedule.floor = 0.0
 
-    config.evaluation.every = 200
-    config.evaluation.batches = 20
-    config.evaluation.final_batches = 100
-    config.checkpoint.every = 200
+    config.evaluation.every = 100
+    config.evaluation.batches = 10
+    config.evaluation.final_batches = 60
+    config.checkpoint.every = 100
     config.sample.tokens = 200
     return config

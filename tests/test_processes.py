@@ -52,6 +52,12 @@ def start(config: Path, workdir: Path, *flags: str, devices: int = 8) -> subproc
     )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
@@ -120,10 +126,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_bits(text, tm
 
 def test_two_processes_train_are_killed_and_resume_on_one(text, tmp_path):
     config = write_config(tmp_path, text, steps=40, every=4)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"]
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
     run = tmp_path / "run"
     processes = [
         start(config, run, *flags, f"--process-id={i}", "--config.mesh.fsdp=4", devices=4)
@@ -133,8 +136,8 @@ def test_two_processes_train_are_killed_and_resume_on_one(text, tmp_path):
     for process in processes:
         process.kill()
     outputs = [process.communicate()[0] for process in processes]
-    assert "tokens/s" in outputs[0]
-    assert "tokens/s" not in outputs[1]
+    assert "step 1/40  loss" in outputs[0]
+    assert "step 1/40" not in outputs[1]
     values = tiny_config(text, train__steps=40, checkpoint__every=4)
     resumed = train_language_model(values, run, quiet=True)
     whole = train_language_model(values, tmp_path / "whole", quiet=True)
@@ -146,7 +149,7 @@ def test_two_processes_train_are_killed_and_resume_on_one(text, tmp_path):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         if "batch" in mine:
             assert mine["batch"] == theirs["batch"]
-    restart = read(run / "incidents.jsonl")[-1]
+    (restart,) = [r for r in read(run / "incidents.jsonl") if r["kind"] != "straggler"]
     assert restart["kind"] == "restart"
     assert restart["changed"] == {"mesh.fsdp": [4, 1]}
     jax.tree.map(
@@ -154,3 +157,28 @@ def test_two_processes_train_are_killed_and_resume_on_one(text, tmp_path):
         resumed.state.params,
         whole.state.params,
     )
+
+
+def test_the_process_that_holds_the_others_up_is_named(tmp_path):
+    port = str(free_port())
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tests/straggler_worker.py", port, str(i), str(tmp_path / "run")],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    slow = [row for row in read(tmp_path / "run/incidents.jsonl") if row["kind"] == "straggler"]
+    assert {(row["slow_process"], row["part"]) for row in slow} == {(1, "host")}
+    assert "process 1 is slow" in outputs[0]

@@ -38,6 +38,9 @@ from training.task import Batch, Stream, Task
 from training.throughput import Clock, model_flops_utilization
 from training.watchdog import Watchdog
 
+STRAGGLER_STEPS = 8
+"""Steps that must have been timed before a process is called slow."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -124,6 +127,7 @@ class Training:
         self.evaluation: dict[str, float] = {}
         self.step = self.saved = 0
         self.state: TrainState
+        self._dispatch_seconds = 0.0
         self._sent: _Sent | None = None
         self._batches: Iterator[Batch] | None = None
 
@@ -161,7 +165,7 @@ class Training:
         elif self.step:
             self.progress.say(f"resuming {self.record.folder.root} from step {self.step}")
         if self.record.changed or 0 < self.step < self.config.train.steps:
-            self.record.incidents.add("restart", step=self.step, changed=self.record.changed)
+            self._note("restart", step=self.step, changed=self.record.changed)
 
     def until(self, last: int, stop: GracefulStop) -> None:
         """Take steps up to `last`, or until a signal asks to stop."""
@@ -194,7 +198,7 @@ class Training:
         self.checkpoints.wait()
         self.record.plot()
         if not finished:
-            self.record.incidents.add("interrupted", step=self.step, reason=reason)
+            self._note("interrupted", step=self.step, reason=reason)
             self.progress.say(
                 f"stopped: {reason}; saved step {self.step} of {total} in "
                 f"{self.record.folder.root}; the same command resumes it"
@@ -254,7 +258,9 @@ class Training:
         for phase in self.task.phases:
             self.state = phase(self.step, self.state)
         placed = self.functions.put(batch)
+        dispatch = time.perf_counter()
         self.state, metrics = self.functions.step(self.state, placed, self.task.frozen)
+        self._dispatch_seconds = time.perf_counter() - dispatch
         self.step += 1
         sent, self._sent = self._sent, _Sent(self.step, metrics, hashed, data_seconds)
         if sent is not None:
@@ -270,9 +276,11 @@ class Training:
         """Record a step that has ended, look for faults, and act on them."""
         start = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(sent.metrics).items()}
-        waited = time.perf_counter() - start
+        # Sending a step may wait for the one before it, as does reading that one's metrics.
+        waited = time.perf_counter() - start + self._dispatch_seconds
         seconds = self.clock.step()
-        self.times.add(seconds, waited)
+        if self.clock.step_seconds() is not None:  # the first step is compilation
+            self.times.add(seconds, waited)
         self.watchdog.beat(sent.step)
         tokens_per_second = values["tokens"] / seconds
         speed = {
@@ -299,7 +307,7 @@ class Training:
             self._stream().batch_index,
         )
         facts = {k: v for k, v in dataclasses.asdict(incident).items() if k != "kind"}
-        self.record.incidents.add(incident.kind, action=action.kind, **facts)
+        self._note(incident.kind, action=action.kind, **facts)
         self.progress.say(f"step {step}: {action.reason}")
         if action.kind == "stop":
             self._sent = None
@@ -322,7 +330,7 @@ class Training:
         self._close_batches()
         self._restore(action.to_step)
         self.record.rewind(self.step, branch)
-        self.record.incidents.add(
+        self._note(
             "rollback",
             step=step,
             to_step=self.step,
@@ -389,6 +397,11 @@ class Training:
         gathered = np.asarray(multihost_utils.process_allgather(parts)).reshape(-1, 2)
         return combine([(int(high) << 32) + int(low) for high, low in gathered])
 
+    def _note(self, kind: str, **facts: Any) -> None:
+        """Record an incident that all processes see, once."""
+        if jax.process_index() == 0:
+            self.record.incidents.add(kind, **facts)
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
@@ -411,8 +424,9 @@ class Training:
         self.progress.update(step, text, self.clock.seconds_left(left, evaluations))
 
     def _look_for_stragglers(self, step: int) -> None:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or len(self.times.steps) < STRAGGLER_STEPS:
             return
         for slow in stragglers(gather(self.times.summary())):
-            self.record.incidents.add("straggler", step=step, **dataclasses.asdict(slow))
+            facts = dataclasses.asdict(slow)
+            self._note("straggler", step=step, slow_process=facts.pop("process"), **facts)
             self.progress.say(f"step {step}: {slow}")
