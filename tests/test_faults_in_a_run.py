@@ -183,3 +183,11 @@ def test_a_phase_edits_the_state_between_steps_and_a_resumed_run_repeats_it(tmp_
     assert abs(plain.state.params["linear"]["kernel"][1, 0]) > abs(
         whole.state.params["linear"]["kernel"][1, 0]
     )
+
+
+def test_a_fault_in_the_very_last_step_still_ends_with_a_whole_run(tmp_path):
+    broken = task(poison=range(19, 20), value=float("nan"))
+    result = train(broken, config(20, nonfinite="rollback"), tmp_path / "run", quiet=True)
+    assert result.finished
+    assert int(result.state.skipped) == 0
+    assert [row["step"] for row in read(tmp_path / "run/metrics.jsonl")] == list(range(1, 21))

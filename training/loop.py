@@ -125,7 +125,7 @@ class Training:
         self.profiler = Profiler(record.folder.root / "profile", config.train)
         self.detector = SpikeDetector.from_config(config.faults)
         self.evaluation: dict[str, float] = {}
-        self.step = self.saved = 0
+        self.step = self.saved = self.evaluated = 0
         self.state: TrainState
         self._dispatch_seconds = 0.0
         self._sent: _Sent | None = None
@@ -173,16 +173,21 @@ class Training:
         self.clock.mark()
         while self.step < last:
             self._take_step()
-            if self._due(self.config.evaluation.every) and self.step < self.config.train.steps:
-                self._settle()
-                self.evaluate(self.config.evaluation.batches)
-            if self._due(self.config.checkpoint.every):
-                self._settle()
-                self.save()
+            due = self._due(self.config.evaluation.every) or self._due(self.config.checkpoint.every)
+            if due or self.step == last:
+                self._settle()  # may roll back, so what is due is asked again
+                self._evaluate_and_save()
             every_host = jax.process_count() == 1 or self._due(self.config.train.log_every)
             if every_host and stop.anywhere():
                 break
         self._settle()
+
+    def _evaluate_and_save(self) -> None:
+        last = self.config.train.steps
+        if self._due(self.config.evaluation.every) and self.evaluated < self.step < last:
+            self.evaluate(self.config.evaluation.batches)
+        if self._due(self.config.checkpoint.every) and self.saved != self.step:
+            self.save()
 
     def finish(self, reason: str) -> Result:
         """Save the last step, evaluate if the run is complete, draw the plot."""
@@ -221,7 +226,7 @@ class Training:
         if self.state.ema is not None:
             averaged = self._evaluate(self.functions.averaged(self.state), limit)
             row |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}
-        self.evaluation = row
+        self.evaluation, self.evaluated = row, self.step
         self.record.evaluation(self.step, row)
         names = ["loss", *(name for name in row if name not in ("loss", "log_z", "tokens"))]
         shown = "  ".join(f"{name} {row[name]:.4f}" for name in names)
@@ -349,7 +354,7 @@ class Training:
         self.state, cursor = self.checkpoints.restore(
             step, self.functions.abstract, self.task.model
         )
-        self.step = self.saved = int(cursor["step"])
+        self.step = self.saved = self.evaluated = int(cursor["step"])
         self.detector = SpikeDetector.from_config(self.config.faults, cursor["detector"])
 
     def _recorded_evaluation(self) -> dict[str, float]:
