@@ -76,7 +76,7 @@ def _run(command) -> int:
     except (RunError, CheckpointError, ValueError, OSError) as error:
         if os.environ.get("SHEAF_TRACEBACK"):
             raise
-        print(f"train.py: {error}\n(SHEAF_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"train.py: {error}", file=sys.stderr)
         return 2
 
 

@@ -43,6 +43,8 @@ usage: train.py --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]
   --process-id=I       index of this process
   --dry-data           read batches without a model and print how fast they come
   --help               this text and every field of the config
+
+An error is one line; SHEAF_TRACEBACK=1 in the environment shows where it came from.
 """
 
 FLAGS = {
