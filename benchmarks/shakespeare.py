@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # so that the script runs without an installation
 
+from train import keep_freed_memory  # noqa: E402
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -39,6 +41,7 @@ SETTINGS = {
 def main(arguments: list[str] | None = None) -> int:
     """Train and compare; exit status 1 if the published loss was not reached."""
     options = parse(arguments)
+    keep_freed_memory()
     setting = SETTINGS[options.setting]
     config = recipe(setting, options)
     workdir = options.workdir or ROOT / "runs" / f"{config.name}-{config.train.steps}"

@@ -1,6 +1,6 @@
 """Speed and memory of a training step beside transformers + torch, in one run on this machine.
 
-    python benchmarks/train_step.py [--steps=20] [--markdown]
+    python benchmarks/train_step.py [--steps=20] [--types=float32,bfloat16] [--markdown]
 
 The model is the 12M-parameter Llama of configs/llama_12m.py, on tokens of Python's own library.
 Each row is a process of its own, so its peak memory is its own. The rows take turns, a few steps
@@ -29,12 +29,8 @@ ROOT = Path(__file__).parents[1]
 TOKENS = 8 * 256
 """Tokens of a step."""
 STEPS_A_ROUND = 2
-ROWS = [
-    ("torch", "float32"),
-    ("sheaf", "float32"),
-    ("torch", "bfloat16"),
-    ("sheaf", "bfloat16"),
-]
+SIDES = {"torch": "transformers", "sheaf": "Sheaf"}
+TYPES = ("float32", "bfloat16")
 COLUMNS = [
     "side",
     "type",
@@ -55,7 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("preparing the text …")
         finish(start("prepare", folder))
         with_torch = has_torch()
-        rows = [row for row in ROWS if with_torch or row[0] != "torch"]
+        rows = [
+            (side, dtype)
+            for dtype in options.types.split(",")
+            for side in SIDES
+            if with_torch or side != "torch"
+        ]
         checked = None
         if with_torch:
             console.print("comparing the losses of the two sides …")
@@ -70,10 +71,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row")
+    parser.add_argument("--types", default=",".join(TYPES), help="number types, by commas")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps={options.steps}: at least 1")
+    for dtype in options.types.split(","):
+        if dtype not in TYPES:
+            parser.error(f"--types={options.types}: {dtype!r} is not one of {', '.join(TYPES)}")
     return options
 
 
@@ -153,7 +158,7 @@ def table_row(row: tuple[str, str], measured: dict[tuple[str, str], dict[str, An
     if "waited" in own:
         waits = f"{own['waited'] / (step * (STEPS_A_ROUND * (len(own['rounds']) + 1) + 1)):.2%}"
     return [
-        {"torch": "transformers", "sheaf": "Sheaf"}[row[0]],
+        SIDES[row[0]],
         row[1],
         f"{TOKENS / step:,.0f}",
         ratio,

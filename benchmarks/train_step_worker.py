@@ -20,7 +20,7 @@ from train import keep_freed_memory
 if __name__ == "__main__" and sys.argv[1] == "sheaf":
     keep_freed_memory()  # as train.py does, and before NumPy's threads
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama_12m.py"
 BATCHES = 32

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.path = "shakespeare.txt"
     config.data.tokenizer.kind = "characters"
     config.data.length = 256
-    config.data.batch_size = 64
+    config.data.batch_size = 32
     config.data.validation_fraction = 0.1
     config.data.validation_split = "tail"
 
@@ -28,9 +28,10 @@ def get_config() -> ConfigDict:
     config.model.d_ff = 1024
     config.model.max_length = 256
     config.model.qk_norm = "head"
-    config.model.dropout = 0.2
+    config.model.dropout = 0.1
 
-    config.train.steps = 600
+    config.train.steps = 500
+    config.train.compute_dtype = "bfloat16"
     config.train.scan_unroll = 0
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1e-2

@@ -1,0 +1,55 @@
+"""The benchmarks of a training run still run: a user's own table is one command away."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """A script of benchmarks/ as a user runs it: in a process of its own, on one CPU device."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_training_step_is_measured_and_agrees_with_torch_where_there_is_one(tmp_path):
+    done = run("train_step", "--steps=2", "--types=float32", "--markdown", cache=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert "| Sheaf | float32 |" in rows[-1]
+    if len(rows) == 4:
+        assert "Same weights, same batch" in done.stdout
+    else:
+        assert "not installed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_character_setting_trains_on_any_text_and_compares_with_the_published_loss(tmp_path):
+    letters = random.Random(0).choices("abcdefgh \n", k=12_000)
+    (tmp_path / "letters.txt").write_text("".join(letters))
+    text, workdir = f"--text={tmp_path}/letters.txt", f"--workdir={tmp_path}/run"
+    done = run("shakespeare", text, workdir, "--steps=3", cache=tmp_path)
+    assert "cpu: 3 steps" in done.stdout, done.stdout + done.stderr
+    assert "nanoGPT 1.88 after 2000 steps" in done.stdout
+    assert done.returncode == 1  # three steps do not reach it
+    assert (tmp_path / "run" / "loss.png").is_file()
+
+
+def test_wrong_arguments_say_what_would_be_right(tmp_path):
+    missing = run("shakespeare", "--text=nowhere.txt", cache=tmp_path)
+    assert "--text=nowhere.txt: no such file" in missing.stderr
+    (tmp_path / "a.txt").write_text("a")
+    steps = run("shakespeare", f"--text={tmp_path}/a.txt", "--steps=9999", cache=tmp_path)
+    assert "--steps=9999: from 1 to 2000" in steps.stderr
+    types = run("train_step", "--types=float31", cache=tmp_path)
+    assert "'float31' is not one of float32, bfloat16" in types.stderr
