@@ -111,6 +111,7 @@ def test_a_replay_of_tampered_data_says_where_it_differs(text, tmp_path):
     comparison = compare_replay(tmp_path / "run", 5)
     assert comparison.different == (4,)
     assert not comparison.equal
+    assert "1 of 5 steps differ, first 4" in str(comparison)
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_left_alone(whole):

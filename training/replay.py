@@ -19,10 +19,12 @@ import numpy as np
 
 from model.checkpoint import load
 from model.checkpoint_folder import read_json, step_name, write_json
+from model.checkpoint_folder import steps as checkpoint_steps
 from training import json_lines
 from training.config import RunConfig, run_config
 from training.errors import RunError
 from training.language_model import train_language_model
+from training.provenance import code_revision
 from training.run_folder import RunFolder
 
 Row = Mapping[str, Any]
@@ -34,11 +36,13 @@ class Comparison:
 
     steps: rows of metrics that both have. different: steps whose loss or batch differs.
     parameters: whether the parameters are equal to the bit; None if the run kept no checkpoint.
+    revisions: of the code, when the run was made and now; a revision with changes ends in "+".
     """
 
     steps: int
     different: tuple[int, ...]
     parameters: bool | None
+    revisions: tuple[str, str] = ("", "")
 
     @property
     def equal(self) -> bool:
@@ -52,7 +56,11 @@ class Comparison:
             else f"{len(self.different)} of {self.steps} steps differ, first {self.different[0]}"
         )
         words = {True: "equal to the bit", False: "DIFFERENT", None: "not kept by the run"}
-        return f"{losses}; parameters: {words[self.parameters]}"
+        text = f"{losses}; parameters: {words[self.parameters]}"
+        made, now = self.revisions
+        if not self.equal and (made != now or now.endswith("+")):
+            text += f"; the code may explain it: the run was made by {made}, this is {now}"
+        return text
 
 
 def replay(run: str | Path, to_step: int, workdir: str | Path | None = None) -> int:
@@ -85,7 +93,8 @@ def compare_replay(run: str | Path, to_step: int, workdir: str | Path | None = N
     assert result is not None
     again = {row["step"]: row for row in json_lines.read(target.metrics)}
     different = tuple(step for step, row in rows.items() if _differs(row, again.get(step, {})))
-    return Comparison(len(rows), different, _same_parameters(folder, to_step, result.state.params))
+    same = _same_parameters(folder, to_step, result.state.params)
+    return Comparison(len(rows), different, same, (_made_by(folder), _revision(code_revision())))
 
 
 def config_history(folder: RunFolder) -> list[tuple[int, RunConfig]]:
@@ -158,6 +167,19 @@ def _quietly(config: RunConfig) -> RunConfig:
 
 def _differs(row: Row, again: Row) -> bool:
     return any(row.get(name) != again.get(name) for name in ("loss", "batch", "grad_norm"))
+
+
+def _made_by(folder: RunFolder) -> str:
+    """The code revision that wrote the newest checkpoint of a run."""
+    steps = checkpoint_steps(folder.checkpoints)
+    if not steps:
+        return "an unknown revision"
+    path = folder.checkpoints / step_name(steps[-1]) / "provenance.json"
+    return _revision(read_json(path).get("code", {}))
+
+
+def _revision(code: Mapping[str, Any]) -> str:
+    return (code.get("revision") or "an unknown revision")[:19] + ("+" if code.get("dirty") else "")
 
 
 def _same_parameters(folder: RunFolder, step: int, params: Any) -> bool | None:
