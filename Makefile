@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) train.py --config=configs/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -n 2 --dist=worksteal -m "not gpu and not tpu_aot" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist=worksteal -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff format --check .
