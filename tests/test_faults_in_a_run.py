@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sharding import Layout, make_mesh
 from training import (
@@ -17,11 +19,13 @@ from training import (
     RunConfig,
     RunError,
     ScheduleConfig,
+    SpikeDetector,
     TrainConfig,
     from_functions,
     train,
 )
 from training.json_lines import read
+from training.spike_guard import no_losses, remember, robust_score
 
 POISON = range(60, 72)
 TRUTH = jnp.array([1.0, -2.0, 3.0, 0.5])
@@ -122,13 +126,13 @@ def test_the_policy_stop_ends_the_run_with_the_reason_and_leaves_it_resumable(tm
 
 
 def test_a_run_that_rolled_back_resumes_with_the_same_batches_left_out(tmp_path):
-    settings = config(spike_action="rollback")
-    whole = train(task(), settings, tmp_path / "whole", quiet=True)
+    policy = config(spike_action="rollback")
+    whole = train(task(), policy, tmp_path / "whole", quiet=True)
     rolled = read(tmp_path / "whole/incidents.jsonl")
     step = next(row for row in rolled if row["kind"] == "rollback")["step"]
-    train(task(), settings, tmp_path / "run", stop_at=step - 3, quiet=True)
-    train(task(), settings, tmp_path / "run", stop_at=step - 1, quiet=True)
-    resumed = train(task(), settings, tmp_path / "run", quiet=True)
+    train(task(), policy, tmp_path / "run", stop_at=step - 3, quiet=True)
+    train(task(), policy, tmp_path / "run", stop_at=step - 1, quiet=True)
+    resumed = train(task(), policy, tmp_path / "run", quiet=True)
     np.testing.assert_array_equal(
         resumed.state.params["linear"]["kernel"], whole.state.params["linear"]["kernel"]
     )
@@ -191,3 +195,32 @@ def test_a_fault_in_the_very_last_step_still_ends_with_a_whole_run(tmp_path):
     assert result.finished
     assert int(result.state.skipped) == 0
     assert [row["step"] for row in read(tmp_path / "run/metrics.jsonl")] == list(range(1, 21))
+
+
+def test_updates_of_a_spike_are_refused_and_the_same_ones_after_a_resume(tmp_path):
+    guarded = config(90, spike_action="skip", window=40)
+    short = task(poison=range(60, 64))
+    result = train(short, guarded, tmp_path / "run", quiet=True)
+    assert int(result.state.skipped) == 4
+    assert error_of(result) < 0.1
+    rows = read(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows if row["spike"]] == [61, 62, 63, 64]
+    skipped = [r for r in read(tmp_path / "run/incidents.jsonl") if r.get("outcome") == "skipped"]
+    assert [row["onset"] for row in skipped] == [61, 62, 63, 64]
+    train(short, guarded, tmp_path / "again", stop_at=62, quiet=True)
+    resumed = train(short, guarded, tmp_path / "again", quiet=True)
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, result.state)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    losses=st.lists(st.floats(0.125, 8.0, width=32), min_size=1, max_size=80),
+    loss=st.floats(0.125, 64.0, width=32),
+)
+def test_the_score_inside_the_step_is_that_of_the_detector(losses, loss):
+    detector, window = SpikeDetector(window=40), no_losses(40)
+    for count, value in enumerate(losses):
+        detector._losses.append(value)
+        window = remember(window, jnp.float32(value), jnp.bool_(True), count)
+    expected = detector.score(loss)
+    np.testing.assert_allclose(robust_score(window, loss), expected, rtol=1e-3, atol=1e-2)

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 NONFINITE = ("skip", "rollback", "stop")
-SPIKE_ACTIONS = ("alert", "rollback", "defer", "stop")
+SPIKE_ACTIONS = ("alert", "skip", "rollback", "defer", "stop")
 LEAST_WINDOW = 32
 """Losses that must have been seen before a spike can be told from noise."""
 
@@ -30,7 +30,8 @@ class FaultConfig:
 
     nonfinite: on a non-finite loss or gradient: "skip" the update, "rollback" or "stop".
     max_skips: updates skipped in a row before "skip" becomes "rollback".
-    spike_action: on a malignant spike: "alert", "rollback", "defer" (its data to the end), "stop".
+    spike_action: on a malignant spike: "alert", "rollback", "defer" (its data to the end), "stop";
+        "skip" refuses each update whose loss is a spike, and rolls back if that does not end it.
     window: steps whose median and spread a loss is measured against.
     z: robust standard deviations above the median that make a spike.
     confirm: steps in a row that open a spike, and that close it.
@@ -269,4 +270,4 @@ def _wish(incident: Incident, config: FaultConfig) -> tuple[str, str]:
     )
     if incident.outcome != "malignant" or config.spike_action == "alert":
         return "continue", reason
-    return config.spike_action, reason
+    return "rollback" if config.spike_action == "skip" else config.spike_action, reason

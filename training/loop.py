@@ -301,6 +301,8 @@ class Training:
         self._act(sent.step, values)
 
     def _act(self, step: int, values: Mapping[str, float]) -> None:
+        if values.get("spike"):
+            self._note("spike", action="skip", outcome="skipped", onset=step, loss=values["loss"])
         incident = self.detector.update(step, values["loss"], values["grad_norm"])
         if incident is None:
             return

@@ -107,7 +107,9 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
     ema = config.train.ema_decay > 0
     key = jax.random.key(config.seed)
-    abstract = abstract_state(abstract_params, optimizer, trainable, ema)
+    guard = config.faults.spike_action == "skip"
+    window = config.faults.window if guard else 0
+    abstract = abstract_state(abstract_params, optimizer, trainable, ema, window)
     placement = place(abstract, rules, layout, trainable)
     by_batch = layout.sharding(("batch",))
     rows = rows_of_process(by_batch, task.batch_size)
@@ -131,11 +133,14 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
             trainable=trainable,
             ema_decay=config.train.ema_decay or None,
             nonfinite="propagate" if config.faults.nonfinite == "stop" else "skip",
+            spike_z=config.faults.z if guard else None,
             placement=placement,
         ),
         evaluation_step=make_evaluation_step(task.objective, task.apply),
-        create=lambda: init_state(task.init, optimizer, key, trainable, ema, placement),
-        load=lambda folder: _load(folder, abstract, optimizer, key, trainable, ema, placement),
+        create=lambda: init_state(task.init, optimizer, key, trainable, ema, placement, window),
+        load=lambda folder: _load(
+            folder, abstract, optimizer, key, trainable, ema, placement, window
+        ),
         trainable=trainable,
         rows=rows,
         own=~np.isin(rows, np.concatenate(earlier) if earlier else []),
@@ -170,6 +175,7 @@ def _load(
     trainable: Predicate,
     ema: bool,
     placement: Placement,
+    window: int,
 ) -> TrainState:
     """A new state around the params of a checkpoint: fine-tuning begins here."""
     params = load(folder, placement.layout).params
@@ -185,8 +191,8 @@ def _load(
             f"this config ({len(different)} arrays differ)"
         )
     _, for_steps = jax.random.split(key)
-    make = jax.jit(new_state, static_argnums=(1, 3, 4), out_shardings=placement.state)
-    return make(params, optimizer, for_steps, trainable, ema)
+    make = jax.jit(new_state, static_argnums=(1, 3, 4, 5), out_shardings=placement.state)
+    return make(params, optimizer, for_steps, trainable, ema, window)
 
 
 def placed(abstract: Any, shardings: Any) -> Any:

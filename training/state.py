@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import Layout, Rule, partition, state_shardings
 from training.averaging import start_average
+from training.spike_guard import no_losses
 from training.trainable import Predicate, everything, map_leaves, split_trainable
 
 Array = jax.Array
@@ -26,9 +27,10 @@ class TrainState:
     params: all parameters; those that train are float32 masters.
     opt_state: the optimizer's, for trainable leaves only.
     step: int32[], steps taken, the refused ones included.
-    skipped: int32[], updates refused because something was not finite.
+    skipped: int32[], updates refused: not finite, or a spike.
     rng: key data of the run's seed, uint32; constant, a step folds its number in.
     ema: averages of the trainable leaves, float32 (None where frozen); or None.
+    losses: float32[window], those that spikes are refused by (`training.spike_guard`); or None.
     """
 
     params: Any
@@ -37,6 +39,7 @@ class TrainState:
     skipped: Any
     rng: Any
     ema: Any = None
+    losses: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ def new_state(
     rng: Array,
     trainable: Predicate = everything,
     ema: bool = False,
+    window: int = 0,
 ) -> TrainState:
     """The state before the first step; `rng` is the key that steps fold their number into."""
     ours, _ = split_trainable(params, trainable)
@@ -64,6 +68,7 @@ def new_state(
         skipped=jnp.zeros((), jnp.int32),
         rng=jax.random.key_data(rng),
         ema=start_average(ours) if ema else None,
+        losses=no_losses(window) if window else None,
     )
 
 
@@ -74,12 +79,14 @@ def init_state(
     trainable: Predicate = everything,
     ema: bool = False,
     placement: Placement | None = None,
+    window: int = 0,
 ) -> TrainState:
     """`init_params(key)` and its state, compiled so that each device makes only its own part."""
     for_params, for_steps = jax.random.split(rng)
 
     def build(for_params: Array, for_steps: Array) -> TrainState:
-        return new_state(init_params(for_params), optimizer, for_steps, trainable, ema)
+        params = init_params(for_params)
+        return new_state(params, optimizer, for_steps, trainable, ema, window)
 
     shardings = None if placement is None else placement.state
     return jax.jit(build, out_shardings=shardings)(for_params, for_steps)
@@ -90,10 +97,11 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     trainable: Predicate = everything,
     ema: bool = False,
+    window: int = 0,
 ) -> TrainState:
     """The state's shapes and dtypes, with nothing allocated."""
     return jax.eval_shape(
-        lambda params: new_state(params, optimizer, jax.random.key(0), trainable, ema),
+        lambda params: new_state(params, optimizer, jax.random.key(0), trainable, ema, window),
         abstract_params,
     )
 
@@ -122,6 +130,7 @@ def place(
         skipped=everywhere,
         rng=everywhere,
         ema=state_shardings(abstract.ema, abstract.params, moments),
+        losses=None if abstract.losses is None else everywhere,
     )
     ours = map_leaves(lambda path, sharding: sharding if trainable(path) else None, gradients)
     return Placement(state, ours, layout)

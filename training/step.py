@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from training.averaging import update_average
 from training.objectives import Apply, Metrics, Objective
 from training.schedules import Schedule
+from training.spike_guard import remember, robust_score
 from training.state import Placement, TrainState
 from training.trainable import Predicate, everything, merge, split_trainable
 
@@ -38,6 +39,7 @@ def make_step(
     trainable: Predicate = everything,
     ema_decay: float | None = None,
     nonfinite: str = "skip",
+    spike_z: float | None = None,
     placement: Placement | None = None,
 ) -> Step:
     """Jitted `step(state, batch, frozen=None) -> (state, metrics)`; the state given is donated.
@@ -46,7 +48,8 @@ def make_step(
     micro-batches, each weighted by its own number of targets, which gives the loss and gradient of
     the whole. Metrics, float32 scalars: all of the objective's, `loss`, `tokens` (targets),
     `learning_rate`, `grad_norm` (before clipping), `update_norm`, `param_norm` (after the update),
-    `nonfinite` (1 if this step was not finite).
+    `nonfinite` (1 if this step was not finite). With `spike_z` an update whose loss has a robust
+    score above it is refused too, and `spike` is 1; the state must have been made with a window.
     """
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite is {nonfinite!r}: give one of {', '.join(NONFINITE)}")
@@ -74,14 +77,21 @@ def make_step(
             return _update(optimizer, scaled, old, rate, ema_decay)
 
         old = (ours, state.opt_state, state.ema)
-        if nonfinite == "skip":
-            new, update_norm = jax.lax.cond(finite, update, _refuse, old)
-        else:
+        accepted, losses = finite if nonfinite == "skip" else None, state.losses
+        if spike_z is not None:
+            loss = metrics["loss"]
+            spike = finite & (robust_score(losses, loss) > spike_z)
+            metrics["spike"] = spike.astype(jnp.float32)
+            accepted = ~spike if accepted is None else accepted & ~spike
+            losses = remember(losses, loss, accepted & finite, state.step - state.skipped)
+        if accepted is None:
             new, update_norm = update(old)
-        skipped = state.skipped + (~finite if nonfinite == "skip" else 0)
+        else:
+            new, update_norm = jax.lax.cond(accepted, update, _refuse, old)
+        skipped = state.skipped + (0 if accepted is None else ~accepted)
         ours, opt_state, ema = new
         params = merge(ours, others)
-        state = TrainState(params, opt_state, state.step + 1, skipped, state.rng, ema)
+        state = TrainState(params, opt_state, state.step + 1, skipped, state.rng, ema, losses)
         return state, {
             **metrics,
             "learning_rate": rate,
