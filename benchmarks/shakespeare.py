@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # so that the script runs without an installation
 
-from train import keep_freed_memory  # noqa: E402
+from train import ask_for_huge_pages  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ SETTINGS = {
 def main(arguments: list[str] | None = None) -> int:
     """Train and compare; exit status 1 if the published loss was not reached."""
     options = parse(arguments)
-    keep_freed_memory()
     setting = SETTINGS[options.setting]
     config = recipe(setting, options)
     workdir = options.workdir or ROOT / "runs" / f"{config.name}-{config.train.steps}"
@@ -87,4 +86,5 @@ def recipe(setting: Setting, options: argparse.Namespace):
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     sys.exit(main())

@@ -88,9 +88,10 @@ def has_torch() -> bool:
 
 
 def start(job: str, *arguments: str) -> subprocess.Popen[str]:
-    """A worker process on the CPU, compiling everything anew."""
+    """A worker process on the CPU, compiling everything anew; both sides get train.py's pages."""
     environment = {
         **os.environ,
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "PYTHONPATH": str(ROOT),

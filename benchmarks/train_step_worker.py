@@ -15,11 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from train import keep_freed_memory
-
-if __name__ == "__main__" and sys.argv[1] == "sheaf":
-    keep_freed_memory()  # as train.py does, and before NumPy's threads
-
 import numpy as np
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama_12m.py"
