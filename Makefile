@@ -24,15 +24,15 @@ $(VENV)/bin/python:
 	$(RUN) -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet -e .
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(RUN) -m pip install --quiet -e ".[test]"
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet -e ".[test]"
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed
-	$(RUN) -m pip install --quiet -e ".[lint]"
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet -e ".[lint]"
 	@touch $@
 
 clean:
