@@ -1,7 +1,13 @@
-"""nanoGPT's GPU setting on the works of Shakespeare, by characters, as a Llama-style model.
+"""nanoGPT's GPU setting on the works of Shakespeare, by characters, made small enough for a CPU.
 
-python train.py --config=configs/shakespeare_gpu.py --config.data.path=shakespeare.txt
-python benchmarks/shakespeare.py --text=shakespeare.txt --setting=gpu
+    python benchmarks/shakespeare.py --text=shakespeare.txt --setting=gpu
+    python train.py --config=configs/shakespeare_gpu.py --config.data.path=shakespeare.txt
+
+nanoGPT (README): 6 layers, 6 heads, width 384 (10.6M parameters), context 256, batch 64, dropout
+0.2, at most 5000 steps: best validation loss 1.4697. This recipe keeps the context and aims at that
+loss with less of all else: 4 layers, width 256, batch 32, 1000 steps (8.2M characters against
+82M), Muon. Time: about half an hour on two cores of an AMD EPYC (5,000 tokens/s in bfloat16 while
+other work ran); what it reached stands in docs/log.md.
 """
 
 from ml_collections import ConfigDict
@@ -22,15 +28,15 @@ def get_config() -> ConfigDict:
     config.data.validation_split = "tail"
 
     config.model.vocab_size = 65
-    config.model.d_model = 384
-    config.model.num_layers = 6
-    config.model.num_heads = 6
-    config.model.d_ff = 1024
+    config.model.d_model = 256
+    config.model.num_layers = 4
+    config.model.num_heads = 4
+    config.model.d_ff = 704
     config.model.max_length = 256
     config.model.qk_norm = "head"
-    config.model.dropout = 0.1
+    config.model.dropout = 0.15
 
-    config.train.steps = 500
+    config.train.steps = 1000
     config.train.compute_dtype = "bfloat16"
     config.train.scan_unroll = 0
     config.optimizer.name = "muon"
@@ -39,7 +45,7 @@ def get_config() -> ConfigDict:
     config.schedule.warmup = 0.02
     config.schedule.floor = 0.0
 
-    config.evaluation.every = 100
-    config.checkpoint.every = 100
+    config.evaluation.every = 250
+    config.checkpoint.every = 250
     config.sample.tokens = 0
     return config
