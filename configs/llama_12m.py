@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     config.model.max_length = 256
 
     config.train.steps = 500
-    config.train.scan_unroll = 0
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3
     config.schedule.name = "linear"

@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     config.model.tied_embeddings = True
 
     config.train.steps = 400
-    config.train.scan_unroll = 0
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 5e-3
     config.schedule.name = "linear"

@@ -37,7 +37,6 @@ def get_config() -> ConfigDict:
     config.model.qk_norm = "head"
 
     config.train.steps = 2000
-    config.train.scan_unroll = 0
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1e-2
     config.schedule.name = "linear"

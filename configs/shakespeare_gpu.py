@@ -38,7 +38,6 @@ def get_config() -> ConfigDict:
 
     config.train.steps = 1000
     config.train.compute_dtype = "bfloat16"
-    config.train.scan_unroll = 0
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1e-2
     config.schedule.name = "linear"

@@ -38,7 +38,8 @@ class TrainConfig:
     accumulation: micro-batches per step; the result equals one large batch.
     compute_dtype: of activations and products, "float32" or "bfloat16"; parameters stay float32.
     remat: what the backward pass recomputes; a name of model.POLICIES.
-    scan_unroll: layers unrolled per scan iteration; 0 unrolls all, which is fastest on a CPU.
+    scan_unroll: layers in one turn of the loop over layers, 0 for all; -1 takes 1, but all on a CPU
+        for up to 16 layers, where a loop is slower.
     clip_norm: largest global norm of the gradient; 0 turns clipping off.
     z_loss: coefficient of log(Z)^2 in the loss.
     label_smoothing: share of the target's probability spread over the vocabulary.
@@ -54,7 +55,7 @@ class TrainConfig:
     accumulation: int = 1
     compute_dtype: str = "float32"
     remat: str = "none"
-    scan_unroll: int = 1
+    scan_unroll: int = -1
     clip_norm: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0

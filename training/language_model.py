@@ -27,6 +27,8 @@ from training.task import Task, tokens_by_length
 from training.throughput import flops_per_token
 
 Array = jax.Array
+UNROLLED_LAYERS = 16
+"""Layers up to which a CPU runs them written out: compiling more takes longer than it saves."""
 
 
 def train_language_model(
@@ -70,7 +72,7 @@ def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | No
         compute_dtype=config.train.compute_dtype,
         remat=config.train.remat,
         layout=layout,
-        scan_unroll=config.train.scan_unroll,
+        scan_unroll=scan_unroll(config.train.scan_unroll, model.num_layers),
     )
 
     apply = decoder(model, runtime)
@@ -96,6 +98,13 @@ def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | No
         manifest=dataset.manifest(),
         check_data=check_resume,
     )
+
+
+def scan_unroll(setting: int, layers: int) -> int:
+    """Layers in one turn of the loop over layers (0: all), with -1 decided by the platform."""
+    if setting >= 0:
+        return setting
+    return 0 if jax.default_backend() == "cpu" and layers <= UNROLLED_LAYERS else 1
 
 
 def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:
