@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def ask_for_huge_pages() -> None:
     os.execve(sys.executable, command, {**os.environ, "GLIBC_TUNABLES": tunables})
 
 
+def give_threads_to_devices() -> None:
+    """Let XLA have a thread for each of many CPU devices; call it before JAX is imported.
+
+    Its collectives wait inside its thread pool, so a pool of as many threads as there are cores
+    deadlocks where `XLA_FLAGS` asks for more devices. `NPROC` is the variable that XLA reads.
+    """
+    asked = re.search(
+        r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
+    if asked and int(asked[1]) > 1:
+        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 4 * int(asked[1]))))
+
+
 def _run(command) -> int:
     import jax
 
@@ -82,6 +96,7 @@ def _run(command) -> int:
 
 if __name__ == "__main__":
     ask_for_huge_pages()
+    give_threads_to_devices()
     try:
         status = main()
         sys.stdout.flush()

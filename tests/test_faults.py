@@ -161,7 +161,7 @@ def test_rollbacks_are_limited_and_need_a_checkpoint_before_the_cause():
 
 
 def test_settings_that_make_no_sense_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"faults.spike_action='undo'; choose alert, rollback"):
+    with pytest.raises(ValueError, match=r"faults.spike_action='undo'; choose alert, skip"):
         FaultConfig(spike_action="undo")
     with pytest.raises(ValueError, match=r"faults.patience=2 must be at least 3"):
         FaultConfig(patience=2)
