@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from model.feed_forward import ACTIVATIONS, FEED_FORWARDS
 from model.mixers import MIXERS
+from model.moe.checks import check_experts
 from model.norms import NORMS
 from model.positions import ROPE_SCALINGS
 from weights import nearest
@@ -122,6 +123,15 @@ class ModelConfig:
     qkv_bias: biases on query, key and value.
     output_bias: bias on the attention output.
     feed_forward_bias: biases in the feed-forward.
+    num_experts: experts of a mixture layer, of the feed-forward and of the attention heads.
+    experts_per_token: experts that each token is sent to.
+    expert_d_ff: width of one expert; None is d_ff.
+    shared_expert_d_ff: width of an expert that takes every token beside the mixture; None is none.
+    shared_expert_gate: the shared expert's output times a sigmoid of its own (Qwen2-MoE).
+    router_renormalise: the gates of a token's experts sum to 1 (Mixtral, JetMoE).
+    capacity_factor: an expert takes at most this times its even share of each row's tokens and
+        the rest pass it by; None drops nothing, and with a cache nothing is dropped either.
+    expert_bias: one bias on the output of each mixture (JetMoE).
     head_bias: bias on the logits (untied head only).
     tied_embeddings: the head multiplies by the embedding table.
     embed_norm: a norm right after the embedding (BLOOM).
@@ -164,6 +174,14 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     feed_forward_bias: bool = False
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_d_ff: int | None = None
+    shared_expert_d_ff: int | None = None
+    shared_expert_gate: bool = False
+    router_renormalise: bool = True
+    capacity_factor: float | None = None
+    expert_bias: bool = False
     head_bias: bool = False
     tied_embeddings: bool = False
     embed_norm: bool = False
@@ -193,9 +211,10 @@ class ModelConfig:
         eps = self.norm_eps if self.final_norm_eps is None else self.final_norm_eps
         return dataclasses.replace(
             self,
-            kv_heads=self.kv_heads or self.num_heads,
+            kv_heads=self.kv_heads or _default_kv_heads(self),
             head_dim=head_dim,
             d_ff=self.d_ff or _default_d_ff(self),
+            expert_d_ff=self.expert_d_ff or self.d_ff or _default_d_ff(self),
             rotary_dim=self.rotary_dim or head_dim,
             attention_scale=scale,
             final_norm_eps=eps,
@@ -259,17 +278,41 @@ def mup(config: ModelConfig, base_d_model: int, base_head_dim: int | None = None
     )
 
 
+def _default_kv_heads(config: ModelConfig) -> int:
+    """A mixture of attention heads asks each key head once for each of a token's experts."""
+    if config.mixer == "attention_experts":
+        return config.num_heads // config.experts_per_token
+    return config.num_heads
+
+
 def _default_d_ff(config: ModelConfig) -> int:
-    if config.feed_forward != "gated":
+    if config.feed_forward == "plain":
         return 4 * config.d_model
     return -(-config.d_model * 8 // (3 * 64)) * 64
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    for field in ("vocab_size", "d_model", "num_layers", "num_heads", "max_length"):
+    for field in (
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "num_heads",
+        "max_length",
+        "num_experts",
+        "experts_per_token",
+    ):
         if getattr(config, field) < 1:
             raise ValueError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
-    for field in ("kv_heads", "head_dim", "d_ff", "rotary_dim", "sliding_window", "base_d_model"):
+    for field in (
+        "kv_heads",
+        "head_dim",
+        "d_ff",
+        "expert_d_ff",
+        "shared_expert_d_ff",
+        "rotary_dim",
+        "sliding_window",
+        "base_d_model",
+    ):
         value = getattr(config, field)
         if value is not None and value < 1:
             raise ValueError(f"model.{field} is {value}; it must be at least 1, or None")
@@ -285,6 +328,7 @@ def _check_sizes(config: ModelConfig) -> None:
             f"{config.kv_heads}; kv_heads may be one of {divisors}"
         )
     _check_rotary(config)
+    check_experts(config)
     if not 0.0 <= config.dropout < 1.0:
         raise ValueError(f"model.dropout is {config.dropout}; it must be in [0, 1)")
     if config.head_bias and config.tied_embeddings:
