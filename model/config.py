@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from model.config_checks import check_combinations, check_name, check_overrides, check_sizes
 from model.feed_forward import ACTIVATIONS, FEED_FORWARDS
 from model.mixers import MIXERS
 from model.moe.checks import check_experts
 from model.norms import NORMS
-from model.positions import ROPE_SCALINGS
-from weights import nearest
+from model.rope import RopeScaling
 
 NAMES: dict[str, Iterable[str]] = {
     "mixer": MIXERS,
@@ -24,10 +24,12 @@ NAMES: dict[str, Iterable[str]] = {
     "activation": ACTIVATIONS,
     "norm": NORMS,
     "norm_position": ("pre", "post", "output", "sandwich"),
-    "residual": ("sequential", "parallel_one_norm", "parallel_two_norms"),
+    "residual": ("sequential", "sequential_normed", "parallel_one_norm", "parallel_two_norms"),
     "positions": ("rope", "alibi", "learned", "none"),
     "rotary_layout": ("half", "interleaved"),
-    "qk_norm": ("none", "head", "full"),
+    "alibi_dtype": ("float32", "bfloat16", "float16"),
+    "qk_norm": ("none", "head", "each_head", "full"),
+    "head_norm": ("none", "row_normalised"),
 }
 """Field -> the names it may hold."""
 
@@ -37,9 +39,12 @@ GLOBAL_FIELDS = frozenset(
         "d_model",
         "num_layers",
         "max_length",
+        "d_embed",
         "tied_embeddings",
         "embed_norm",
         "head_bias",
+        "head_norm",
+        "final_norm",
         "final_norm_eps",
         "embedding_scale",
         "logit_scale",
@@ -49,45 +54,6 @@ GLOBAL_FIELDS = frozenset(
     }
 )
 """Fields that belong to the whole decoder; all others may differ from layer to layer."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length.
-
-    kind: "linear", "dynamic" (NTK), "llama3", "yarn" or "longrope".
-    factor: how many times longer than the trained length.
-    original_max_length: the length that the frequencies were trained at, in tokens.
-    low_freq_factor: llama3: wavelengths above original_max_length / this are divided by factor.
-    high_freq_factor: llama3: wavelengths below original_max_length / this stay.
-    beta_fast: yarn: rotations within the trained length above which a frequency stays.
-    beta_slow: yarn: rotations below which a frequency is divided by factor.
-    truncate: yarn: round the bounds of the ramp to whole frequencies.
-    mscale: yarn: weight of the attention temperature (DeepSeek); 0 is the paper's formula.
-    mscale_all_dim: yarn: divisor of the attention temperature (DeepSeek); 0 is the paper's formula.
-    attention_factor: yarn, longrope: multiplies the rotated queries and keys; None derives it.
-    short_factor: longrope: one divisor per frequency, up to original_max_length.
-    long_factor: longrope: one divisor per frequency, beyond it.
-    """
-
-    kind: str = "linear"
-    factor: float = 1.0
-    original_max_length: int = 2048
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        _one_of("rope_scaling.kind", self.kind, ROPE_SCALINGS)
-        if self.factor < 1.0:
-            raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -101,25 +67,33 @@ class ModelConfig:
     kv_heads: number of key and value heads; None is num_heads.
     head_dim: width of one head; None is d_model / num_heads.
     d_ff: width of the feed-forward; None is 4 d_model, or 8/3 of it rounded up to 64 if gated.
+    d_embed: width of the token table, with a projection to d_model and one back before the head
+        (OPT-350m); None is d_model without projections.
     max_length: longest sequence, in tokens; a hard bound with learned positions only.
     mixer: what mixes over the length: "attention".
     feed_forward: "gated" or "plain".
     activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
     norm: "rmsnorm", "rmsnorm_plus_one" (stored minus one), "layernorm" or "layernorm_nobias".
     norm_eps: added to the variance.
-    final_norm_eps: the same for the last norm; None is norm_eps.
+    final_norm: a norm after the last layer.
+    final_norm_eps: the same as norm_eps for the last norm; None is norm_eps.
     norm_position: "pre", "post" (after the sum), "output" (of each part; OLMo 2) or "sandwich".
-    residual: "sequential", "parallel_one_norm" (GPT-J) or "parallel_two_norms" (GPT-NeoX).
+    residual: "sequential", "sequential_normed" (the sum starts from the normed stream; BLOOM's
+        option), "parallel_one_norm" (GPT-J) or "parallel_two_norms" (GPT-NeoX).
     positions: "rope", "alibi", "learned" or "none".
     position_offset: learned: added to every position (OPT: 2).
     rotary_dim: leading channels of a head that rotate; None is all.
     rotary_layout: "half" (Llama) or "interleaved" (GPT-J).
     rope_base: base of the rotary wavelengths.
     rope_scaling: stretching of the rotary frequencies; None is none.
+    alibi_scale: multiplies the ALiBi slopes (Falcon: head_dim ** -0.5).
+    alibi_dtype: the slopes are rounded to it (Falcon: "bfloat16").
     attention_scale: multiplies q . k; None is head_dim ** -0.5.
     attention_soft_cap: bounds attention scores by cap * tanh(s / cap); None is none.
     sliding_window: tokens that attention sees, the own and those before it; None is all.
-    qk_norm: RMSNorm of queries and keys: "none", each "head" (Qwen3) or the "full" row (OLMo 2).
+    qk_norm: a norm of queries and keys, of the kind `norm` but without bias: "none", over a "head"
+        with one scale for all (Qwen3), with a scale for "each_head" (StableLM), or over the "full"
+        row (OLMo 2).
     qkv_bias: biases on query, key and value.
     output_bias: bias on the attention output.
     feed_forward_bias: biases in the feed-forward.
@@ -134,6 +108,8 @@ class ModelConfig:
     expert_bias: one bias on the output of each mixture (JetMoE).
     head_bias: bias on the logits (untied head only).
     tied_embeddings: the head multiplies by the embedding table.
+    head_norm: "none", or "row_normalised": each token's row of the head is divided by its length
+        (Baichuan 2).
     embed_norm: a norm right after the embedding (BLOOM).
     embedding_scale: multiplies the embeddings (Gemma: sqrt(d_model)).
     residual_scale: multiplies what each part adds to the residual stream (MiniCPM).
@@ -152,12 +128,14 @@ class ModelConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     d_ff: int | None = None
+    d_embed: int | None = None
     max_length: int = 2048
     mixer: str = "attention"
     feed_forward: str = "gated"
     activation: str = "silu"
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
+    final_norm: bool = True
     final_norm_eps: float | None = None
     norm_position: str = "pre"
     residual: str = "sequential"
@@ -167,6 +145,8 @@ class ModelConfig:
     rotary_layout: str = "half"
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    alibi_scale: float = 1.0
+    alibi_dtype: str = "float32"
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     sliding_window: int | None = None
@@ -184,6 +164,7 @@ class ModelConfig:
     expert_bias: bool = False
     head_bias: bool = False
     tied_embeddings: bool = False
+    head_norm: str = "none"
     embed_norm: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -192,15 +173,17 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     base_d_model: int | None = None
-    layer_overrides: tuple[tuple[int, str, bool | int | float | str | None], ...] = ()
+    layer_overrides: tuple[tuple[int, str, bool | int | float | str | RopeScaling | None], ...] = ()
 
     def __post_init__(self) -> None:
         overrides = tuple(tuple(override) for override in self.layer_overrides)
         object.__setattr__(self, "layer_overrides", overrides)  # lists would not hash
         for field, known in NAMES.items():
-            _one_of(f"model.{field}", getattr(self, field), known)
-        _check_sizes(self)
-        _check_overrides(self)
+            check_name(f"model.{field}", getattr(self, field), known)
+        check_sizes(self)
+        check_combinations(self)
+        check_experts(self)
+        check_overrides(self, GLOBAL_FIELDS)
 
     def resolve(self) -> ModelConfig:
         """The same model with every derived size (`kv_heads`, `head_dim`, `d_ff`, `rotary_dim`, …)
@@ -289,85 +272,3 @@ def _default_d_ff(config: ModelConfig) -> int:
     if config.feed_forward == "plain":
         return 4 * config.d_model
     return -(-config.d_model * 8 // (3 * 64)) * 64
-
-
-def _check_sizes(config: ModelConfig) -> None:
-    for field in (
-        "vocab_size",
-        "d_model",
-        "num_layers",
-        "num_heads",
-        "max_length",
-        "num_experts",
-        "experts_per_token",
-    ):
-        if getattr(config, field) < 1:
-            raise ValueError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
-    for field in (
-        "kv_heads",
-        "head_dim",
-        "d_ff",
-        "expert_d_ff",
-        "shared_expert_d_ff",
-        "rotary_dim",
-        "sliding_window",
-        "base_d_model",
-    ):
-        value = getattr(config, field)
-        if value is not None and value < 1:
-            raise ValueError(f"model.{field} is {value}; it must be at least 1, or None")
-    if config.head_dim is None and config.d_model % config.num_heads:
-        raise ValueError(
-            f"model.d_model {config.d_model} is not a multiple of model.num_heads "
-            f"{config.num_heads}; change one, or set model.head_dim"
-        )
-    if config.num_heads % (config.kv_heads or config.num_heads):
-        divisors = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
-        raise ValueError(
-            f"model.num_heads {config.num_heads} is not a multiple of model.kv_heads "
-            f"{config.kv_heads}; kv_heads may be one of {divisors}"
-        )
-    _check_rotary(config)
-    check_experts(config)
-    if not 0.0 <= config.dropout < 1.0:
-        raise ValueError(f"model.dropout is {config.dropout}; it must be in [0, 1)")
-    if config.head_bias and config.tied_embeddings:
-        raise ValueError("model.head_bias needs a head of its own: set model.tied_embeddings=False")
-
-
-def _check_rotary(config: ModelConfig) -> None:
-    if config.positions != "rope":
-        return
-    head_dim = config.head_dim or config.d_model // config.num_heads
-    rotary_dim = config.rotary_dim or head_dim
-    if rotary_dim % 2 or rotary_dim > head_dim:
-        raise ValueError(
-            f"model.rotary_dim is {rotary_dim}; it must be even and at most head_dim {head_dim}"
-        )
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "longrope":
-        for name in ("short_factor", "long_factor"):
-            if len(getattr(scaling, name)) != rotary_dim // 2:
-                raise ValueError(
-                    f"rope_scaling.{name} has {len(getattr(scaling, name))} values; "
-                    f"rotary_dim {rotary_dim} needs {rotary_dim // 2}"
-                )
-
-
-def _check_overrides(config: ModelConfig) -> None:
-    fields = {field.name for field in dataclasses.fields(config)} - GLOBAL_FIELDS
-    for layer, field, value in config.layer_overrides:
-        where = f"model.layer_overrides ({layer}, {field!r}, {value!r})"
-        if not 0 <= layer < config.num_layers:
-            raise ValueError(f"{where}: the layers are 0..{config.num_layers - 1}")
-        if field not in fields:
-            near = nearest(field, fields) or ", ".join(sorted(fields))
-            raise ValueError(f"{where}: not a field that may differ by layer; nearest: {near}")
-    for layer in sorted({layer for layer, _, _ in config.layer_overrides}):
-        config.layer(layer)
-
-
-def _one_of(field: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        near = nearest(value, known) or "none"
-        raise ValueError(f"{field} is {value!r}; nearest: {near}; known: {', '.join(known)}")

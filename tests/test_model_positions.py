@@ -10,7 +10,8 @@ import pytest
 
 from model import ModelConfig, RopeScaling
 from model.norms import layer_norm, rms_norm
-from model.positions import PositionEncoder, alibi_slopes, rotary_frequencies
+from model.positions import PositionEncoder, alibi_slopes
+from model.rope import rotary_frequencies
 
 CONFIG = ModelConfig(d_model=32, num_heads=2, num_layers=1)
 RNG = np.random.default_rng(0)
