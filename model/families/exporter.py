@@ -1,0 +1,210 @@
+"""From a checkpoint of ours to a Hugging Face folder, one tensor at a time.
+
+The tensors are the family's own, in their order and packing; a folder that was imported and is
+exported again holds the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model.checkpoint import Checkpoint, load
+from model.config import ModelConfig
+from model.families.family import Family, config_to_hf
+from model.families.keys import FamilyError
+from model.families.plan import Source, names, output_axis, packed_shape, sources, their_shapes
+from model.families.registry import FAMILIES
+from model.families.writer import write_weights
+from sharding import Layout
+from weights import dequantize, flatten, is_format, nearest
+
+Progress = Callable[[int, int, str], None]
+"""`(bytes written so far, bytes in all, name of the tensor)`."""
+
+SHARD_BYTES = 5_000_000_000
+"""The largest weight file, as transformers cuts them."""
+
+
+def export_checkpoint(
+    checkpoint: str | Path | Checkpoint,
+    to: str | Path,
+    *,
+    family: str | None = None,
+    dtype: Any = None,
+    layout: Layout | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a model as a folder that transformers, vLLM and the like load.
+
+    Args:
+        checkpoint: a checkpoint or run folder, or a `Checkpoint` at hand.
+        to: the folder to write; it must not hold weights already.
+        family: the family to write it as; None is the one it was imported from, or else the first
+            that can say its config.
+        dtype: of the tensors; None keeps the arrays'. Weight formats are written dense, in float32
+            unless a dtype is given.
+        layout: where the arrays are while they are written, with a folder.
+        max_shard_bytes: the largest weight file.
+        progress: called after each tensor.
+
+    Raises `FamilyError` naming the fields that the family cannot say, `WeightFilesError` if the
+    folder holds weights.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load(checkpoint, layout=layout)
+    base = json.loads(checkpoint.files["config.json"]) if "config.json" in checkpoint.files else None
+    chosen, values = describe_as(checkpoint.config, family, base)
+    tensors = list(_tensors(chosen, checkpoint.config, checkpoint.params, dtype))
+    values["torch_dtype"] = _common_dtype(tensors)
+    values.pop("dtype", None)
+    folder = Path(to).absolute()
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    write_weights(
+        folder,
+        _watched(tensors, progress),
+        max_shard_bytes=max_shard_bytes,
+    )
+    if jax.process_index() == 0:
+        for name, content in _small_files(checkpoint, values).items():
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def describe_as(
+    config: ModelConfig, family: str | None = None, base: Mapping[str, Any] | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """The family that a model is written as, and its `config.json`.
+
+    `base` is the file that the model was imported from. Raises `FamilyError`: the family named
+    cannot say the config, or none can (the message gives each one's first reason).
+    """
+    if family is not None and family not in FAMILIES:
+        close = nearest(family, FAMILIES) or ", ".join(FAMILIES)
+        raise FamilyError(f"family {family!r} is unknown; nearest: {close}")
+    if family is None and base is not None:
+        kinds = (name for name, f in FAMILIES.items() if base.get("model_type") in f.model_types)
+        family = next(kinds, None)
+    if family is not None:
+        ours = FAMILIES[family]
+        known = base if base and base.get("model_type") in ours.model_types else None
+        return ours, config_to_hf(ours, config, known)
+    reasons = []
+    for name, candidate in FAMILIES.items():
+        try:
+            sources(candidate, config)
+            return candidate, config_to_hf(candidate, config)
+        except FamilyError as error:
+            reasons.append(f"{name}: {error}")
+    raise FamilyError("no family can say this model; " + "; ".join(reasons))
+
+
+Entry = tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]
+
+
+def _tensors(
+    family: Family, config: ModelConfig, params: Any, dtype: Any
+) -> Iterator[Entry]:
+    """Name, shape, dtype and value (made when asked for) of each tensor, layer by layer."""
+    arrays = flatten(params)
+    makers: dict[str, tuple[Any, Callable[[], np.ndarray]]] = {}
+    by_tensor: dict[Any, list[Source]] = {}
+    for source in sources(family, config):
+        by_tensor.setdefault((source.tensor.theirs, source.segment), []).append(source)
+    for parts in by_tensor.values():
+        held = [arrays[part.path] for part in parts]
+        kind = jnp.dtype(dtype or functools.reduce(jnp.promote_types, map(_dtype, held)))
+        for index, name in enumerate(names(parts[0])):
+            makers[name] = (kind, functools.partial(_value, parts, held, index, kind))
+    for name, shape in their_shapes(family, config).items():
+        yield name, shape, *makers[name]
+    if config.tied_embeddings and family.stores_tied_head:
+        head = next(t.theirs for t in family.tensors if t.ours == ("head/kernel",))
+        table = next(t.theirs for t in family.tensors if t.ours == ("embed/table",))
+        yield head, their_shapes(family, config)[table], *makers[table]
+
+
+def _value(parts: list[Source], held: list[Any], index: int, dtype: Any) -> np.ndarray:
+    """One tensor of theirs on the host."""
+    values = [_gather(part, array, index, dtype) for part, array in zip(parts, held, strict=True)]
+    if parts[0].rows is None:
+        return values[0]
+    axis = output_axis(parts[0].tensor)
+    packed = np.empty(packed_shape(parts), values[0].dtype)
+    turned = np.moveaxis(packed, axis, 0)
+    for part, value in zip(parts, values, strict=True):
+        turned[part.rows] = np.moveaxis(value, axis, 0)
+    return packed
+
+
+def _gather(source: Source, array: Any, index: int, dtype: Any) -> np.ndarray:
+    """One layer's (and expert's) array in their orientation, from wherever its pieces are."""
+    layer, expert = divmod(index, source.experts or 1)
+    at: tuple[int, ...] = () if source.segment is None else (layer,)
+    if is_format(array):
+        array = dequantize(jax.tree.map(lambda leaf: leaf[at], array), dtype)
+        at = ()
+    if source.experts is not None:
+        at = (*at, expert)
+    everywhere = None
+    if isinstance(array.sharding, NamedSharding):
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+    take = _take(source.tensor.transposed, jnp.dtype(dtype), everywhere)
+    return np.asarray(take(array, tuple(map(jnp.int32, at))))
+
+
+@functools.lru_cache(maxsize=256)
+def _take(turn: bool, dtype: Any, sharding: Any) -> Callable[..., jax.Array]:
+    def take(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+        for place in at:
+            array = array[place]
+        return (jnp.swapaxes(array, -1, -2) if turn else array).astype(dtype)
+
+    return jax.jit(take, out_shardings=sharding)
+
+
+def _dtype(weight: Any) -> Any:
+    return jnp.dtype(jnp.float32) if is_format(weight) else weight.dtype
+
+
+def _common_dtype(tensors: list[Entry]) -> str:
+    """What most values are stored in."""
+    sizes: dict[str, int] = {}
+    for _, shape, dtype, _ in tensors:
+        name = jnp.dtype(dtype).name
+        sizes[name] = sizes.get(name, 0) + int(np.prod(shape))
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _watched(tensors: list[Entry], progress: Progress | None) -> Iterator[Entry]:
+    total = sum(int(np.prod(shape)) * jnp.dtype(dtype).itemsize for _, shape, dtype, _ in tensors)
+    done = 0
+
+    def watch(name: str, size: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        nonlocal done
+        value = make()
+        done += size
+        if progress is not None:
+            progress(done, total, name)
+        return value
+
+    for name, shape, dtype, make in tensors:
+        size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+        yield name, shape, dtype, functools.partial(watch, name, size, make)
+
+
+def _small_files(checkpoint: Checkpoint, values: dict[str, Any]) -> dict[str, bytes]:
+    """`config.json`, the tokenizer's files and the rest that travels with the model."""
+    files = {name: bytes(content) for name, content in checkpoint.files.items()}
+    files["config.json"] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    return files

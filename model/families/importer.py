@@ -1,0 +1,317 @@
+"""From the files of a Hugging Face checkpoint to arrays on a mesh, one tensor at a time.
+
+A stack of layers is made empty on the devices and filled layer by layer, in place: the host reads,
+in their orientation, just the rows and columns that a device holds, and the device turns them. So
+the host never holds more than a tensor being read and one being sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from model.checkpoint import Checkpoint, save
+from model.config import ModelConfig
+from model.families.family import Family, config_from_hf
+from model.families.hub import resolve
+from model.families.keys import FamilyError
+from model.families.plan import (
+    Source,
+    names,
+    output_axis,
+    sources,
+    stored_names,
+    their_order,
+    tied_head,
+)
+from model.families.reader import WeightFiles, open_weights
+from model.families.registry import find
+from model.parameters import rules
+from sharding import Layout, partition
+from weights import flatten, from_flat
+
+Progress = Callable[[int, int, str], None]
+"""`(bytes read so far, bytes in all, name of the array)`."""
+
+CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Small files that travel with the model, beside `additional_chat_templates/*.jinja`."""
+
+
+def import_checkpoint(
+    source: str | Path,
+    to: str | Path | None = None,
+    *,
+    dtype: Any = None,
+    layout: Layout | None = None,
+    allow_pickle: bool = False,
+    ignore_keys: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Read a Hugging Face checkpoint; with `to`, also write it as a checkpoint of ours.
+
+    Args:
+        source: a folder, or `hub:owner/name` with an optional `@revision`.
+        to: the checkpoint folder to write, which must not exist.
+        dtype: of the arrays; None keeps what the files hold.
+        layout: where the arrays go; None is the first device.
+        allow_pickle: also read `pytorch_model.bin`, with a loader that runs no code.
+        ignore_keys: keys of `config.json` that are known not to change numbers.
+        progress: called after each piece that was read.
+
+    Raises `FamilyError` for a config or tensors that are not those of a known family, and
+    `WeightFilesError` for files that cannot be read.
+    """
+    folder = resolve(str(source), allow_pickle=allow_pickle)
+    values = read_config(folder)
+    family, ignore_keys = find(values, str(folder)), tuple(ignore_keys)
+    config = config_from_hf(family, values, ignore_keys)
+    with open_weights(folder, allow_pickle=allow_pickle) as files:
+        params = read_params(files, family, config, dtype, layout, progress)
+    provenance = {"method": "import", "family": family.name, "source": str(source)}
+    if ignore_keys:
+        provenance["ignored_keys"] = list(ignore_keys)
+    found = Checkpoint(config, params, carried_files(folder), provenance, folder)
+    if to is None:
+        return found
+    written = save(to, config, params, found.files, provenance)
+    return dataclasses.replace(found, folder=written)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder; raises `FamilyError` naming the file."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FamilyError(f"{path}: no such file; a Hugging Face checkpoint holds one") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FamilyError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise FamilyError(f"{path}: holds {type(values).__name__}, not an object")
+    return values
+
+
+def carried_files(folder: Path) -> dict[str, bytes]:
+    """The small files that travel with the model; a template of a subfolder keeps its own name."""
+    paths = [folder / name for name in CARRIED]
+    paths += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def read_params(
+    files: WeightFiles,
+    family: Family,
+    config: ModelConfig,
+    dtype: Any = None,
+    layout: Layout | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The params tree of a model from its open files.
+
+    Raises `FamilyError` before anything is read if names or shapes are not those of the config.
+    """
+    stored = stored_names(family, config, files.tensors, str(files.folder))
+    _check_tied(files, family, config, stored)
+    plan = sources(family, config)
+    wanted = {}
+    for source in plan:
+        kinds = [jnp.dtype(files.tensors[stored[name]].dtype) for name in names(source)]
+        kind = jnp.dtype(dtype) if dtype is not None else functools.reduce(jnp.promote_types, kinds)
+        wanted[source.path] = jax.ShapeDtypeStruct(_stacked_shape(source), kind)
+    shardings = _shardings(wanted, config, layout)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+    arrays, done = {}, 0
+    for source in plan:
+        leaf = wanted[source.path]
+        read = functools.partial(_read, files, stored, source)
+        size = leaf.size * leaf.dtype.itemsize
+        for array, share in _fill(source, leaf, shardings[source.path], read):
+            arrays[source.path] = array
+            if progress is not None:
+                progress(done + int(size * share), total, source.path)
+        done += size
+    return from_flat(arrays)
+
+
+def _fill(
+    source: Source,
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Sharding,
+    read: Callable[..., np.ndarray],
+) -> Iterator[tuple[jax.Array, float]]:
+    """The array on its devices after each piece that was put into it, and the share that is
+    there.
+    """
+    stacked = _stacked_axes(source)
+    inner = _their_sharding(sharding, source, stacked)
+    shape = their_order(source.tensor, source.shape)
+    turn = source.tensor.transposed
+    if not stacked:
+        raw = _place(shape, inner, lambda index: read(0, 0, index))
+        yield _finish(sharding, turn, leaf.dtype)(raw), 1.0
+        return
+    array = _empty(sharding, leaf.shape, leaf.dtype)()
+    shards = _expert_shards(sharding, source)
+    each = (source.experts or 1) // shards
+    for layer, expert in itertools.product(range(leaf.shape[0]), range(each)):
+
+        def piece(index: tuple[slice, ...], layer=layer, expert=expert) -> np.ndarray:
+            if source.experts is None:
+                return read(layer, 0, index)
+            first = index[0].indices(shards)[0]
+            return read(layer, first * each + expert, index[1:])[None]
+
+        raw_shape = shape if source.experts is None else (shards, *shape)
+        raw = _place(raw_shape, inner, piece)
+        put = _put(sharding, turn, None if source.experts is None else (shards, each))
+        array = put(array, raw, layer, expert)
+        yield array, (layer * each + expert + 1) / (leaf.shape[0] * each)
+
+
+def _place(
+    shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array whose pieces are read device by device; equal pieces are read once."""
+    placed, last, value = {}, None, None
+    places = sharding.addressable_devices_indices_map(shape)
+    for device, index in sorted(places.items(), key=lambda item: _bounds(item[1], shape)):
+        assert index is not None
+        if _bounds(index, shape) != last:
+            value, last = read(index), _bounds(index, shape)
+        placed[device] = jax.device_put(value, device)
+    arrays = [placed[device] for device in places]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    assert index is not None
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _read(
+    files: WeightFiles,
+    stored: dict[str, str],
+    source: Source,
+    layer: int,
+    expert: int,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """A piece of one layer's array, in their orientation; `index` is in their orientation too."""
+    start = 0 if source.segment is None else source.segment.start
+    name = stored[source.tensor.theirs.format(layer=start + layer, expert=expert)]
+    if source.rows is None:
+        return files.read(name, index)
+    axis = output_axis(source.tensor) % len(index)
+    rows = source.rows[index[axis]]
+    low, high = int(rows.min()), int(rows.max()) + 1
+    block = files.read(name, (*index[:axis], slice(low, high), *index[axis + 1 :]))
+    return block if high - low == len(rows) else np.take(block, rows - low, axis=axis)
+
+
+@functools.lru_cache(maxsize=256)
+def _empty(sharding: Sharding, shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def _finish(sharding: Sharding, turn: bool, dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    def finish(raw: jax.Array) -> jax.Array:
+        return (jnp.swapaxes(raw, -1, -2) if turn else raw).astype(dtype)
+
+    return jax.jit(finish, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def _put(sharding: Sharding, turn: bool, experts: tuple[int, int] | None) -> Callable[..., Any]:
+    """`(stack, raw piece, layer, expert) -> stack` with the piece in place, the stack donated."""
+
+    def put(stack: jax.Array, raw: jax.Array, layer: jax.Array, expert: jax.Array) -> jax.Array:
+        value = (jnp.swapaxes(raw, -1, -2) if turn else raw).astype(stack.dtype)
+        if experts is None:
+            return stack.at[layer].set(value)
+        split = stack.reshape(stack.shape[0], *experts, *stack.shape[2:])
+        return split.at[layer, :, expert].set(value).reshape(stack.shape)
+
+    return jax.jit(put, out_shardings=sharding, donate_argnums=0)
+
+
+def _shardings(
+    wanted: dict[str, jax.ShapeDtypeStruct], config: ModelConfig, layout: Layout | None
+) -> dict[str, Sharding]:
+    if layout is None:
+        return dict.fromkeys(wanted, SingleDeviceSharding(jax.local_devices()[0]))
+    return flatten_shardings(partition(from_flat(wanted), rules(config), layout))
+
+
+def flatten_shardings(tree: Any) -> dict[str, Sharding]:
+    """`{path: sharding}` of a tree of shardings."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Sharding))
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def _their_sharding(sharding: Sharding, source: Source, stacked: int) -> Sharding:
+    """The sharding of one piece in their orientation; separate experts keep their axis in front."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    whole = (*sharding.spec, *[None] * (stacked + len(source.shape) - len(sharding.spec)))
+    experts = (whole[1],) if source.experts is not None else ()
+    spec = (*experts, *their_order(source.tensor, whole[stacked:]))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _expert_shards(sharding: Sharding, source: Source) -> int:
+    if source.experts is None or not isinstance(sharding, NamedSharding):
+        return 1
+    local = sharding.shard_shape((1, source.experts, *source.shape))[1]
+    return source.experts // local
+
+
+def _stacked_axes(source: Source) -> int:
+    return (source.segment is not None) + (source.experts is not None)
+
+
+def _stacked_shape(source: Source) -> tuple[int, ...]:
+    layers = () if source.segment is None else (len(source.segment),)
+    experts = () if source.experts is None else (source.experts,)
+    return (*layers, *experts, *source.shape)
+
+
+def _check_tied(
+    files: WeightFiles, family: Family, config: ModelConfig, stored: dict[str, str]
+) -> None:
+    """A stored head of a tied model must be the embedding itself."""
+    head = tied_head(family, config, files.tensors)
+    if head is None:
+        return
+    table = next(t.theirs for t in family.tensors if t.ours == ("embed/table",))
+    rows = files.tensors[head].shape[0]
+    step = max(1, (64 << 20) // max(1, 4 * files.tensors[head].shape[1]))
+    for start in range(0, rows, step):
+        part = (slice(start, min(rows, start + step)), slice(None))
+        if files.read(head, part).tobytes() != files.read(stored[table], part).tobytes():
+            raise FamilyError(
+                f"{files.tensors[head].file}: {head} differs from {stored[table]} near row {start}, "
+                "but tie_word_embeddings is true; set it to false in config.json to keep both"
+            )
