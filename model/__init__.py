@@ -10,10 +10,11 @@ from model.block import block
 from model.caches import CACHES, Cache, DecoderCache, StepMeta, init_cache
 from model.config import ModelConfig, RopeScaling, Segment, mup
 from model.context import Context
-from model.decoder import forward, hidden_states, logits
+from model.decoder import forward, hidden_states
 from model.feed_forward import ACTIVATIONS, FEED_FORWARDS
 from model.flax_module import Decoder
 from model.generate import Generation, generate
+from model.head import logits
 from model.mixers import MIXERS
 from model.norms import NORMS
 from model.parameters import abstract, count_parameters, init, rules

@@ -15,8 +15,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import attention
+from model import norms
 from model.arrays import ArraySpec, hidden_kernel, output_std, vector
-from model.norms import rms_norm
 from model.remat import ATTENTION_OUTPUT
 from sharding import constrain, context_attention
 from weights import linear
@@ -50,10 +50,11 @@ def arrays(config: ModelConfig) -> dict[str, ArraySpec]:
     if config.output_bias:
         specs["output/bias"] = vector(d_model, None)
     if config.qk_norm != "none":
-        full = config.qk_norm == "full"
+        kind = norms.without_bias(config.norm)
         for name in ("query", "key"):
-            width, axis = widths[name] if full else (head_dim, None)
-            specs[f"{name}_norm/scale"] = vector(width, axis, init="ones")
+            width, axis = (head_dim, None) if config.qk_norm == "head" else widths[name]
+            for path, spec in norms.arrays(kind, width, axis).items():
+                specs[f"{name}_norm/{path}"] = spec
     return specs
 
 
@@ -98,15 +99,22 @@ def _project(
     projected = []
     for name, axis in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
         y = linear(params[name], x)
-        norm = params.get(f"{name}_norm")
-        if norm is not None and config.qk_norm == "full":
-            y = rms_norm(y, norm["scale"], config.norm_eps)
+        if f"{name}_norm" in params:
+            y = _qk_norm(params[f"{name}_norm"], y, config)
         y = y.reshape(*x.shape[:2], -1, config.head_dim)
-        if norm is not None and config.qk_norm == "head":
-            y = rms_norm(y, norm["scale"], config.norm_eps)
         projected.append(constrain(y, ("batch", "length", axis, None), layout))
     q, k, v = projected
     return q, k, v
+
+
+def _qk_norm(params: Mapping[str, Array], y: Array, config: ModelConfig) -> Array:
+    """Queries or keys `[batch, length, heads * head_dim]`, normed over each head or the full row."""
+    kind = norms.without_bias(config.norm)
+    if config.qk_norm == "full":
+        return norms.normalise(kind, params, y, config.norm_eps)
+    by_head = {"scale": params["scale"].reshape(-1, config.head_dim)}  # one row, or one a head
+    heads = y.reshape(*y.shape[:2], -1, config.head_dim)
+    return norms.normalise(kind, by_head, heads, config.norm_eps).reshape(y.shape)
 
 
 def _attend(q: Array, k: Array, v: Array, config: ModelConfig, context: Context) -> Array:

@@ -82,14 +82,19 @@ def block(
 def _sequential(
     params: Mapping[str, Any], x: Array, config: ModelConfig, context: Context, carry: Carry
 ) -> tuple[Array, Carry, Aux]:
-    """`x = x + mixer(x); x = x + feed_forward(x)`, with norms where `norm_position` says."""
+    """`x = x + mixer(x); x = x + feed_forward(x)`, with norms where `norm_position` says.
+
+    "sequential_normed" is `h = norm(x); x = h + mixer(h)`, and so for the feed-forward (BLOOM's
+    `apply_residual_connection_post_layernorm`).
+    """
     merged: Aux = {"taps": {}}
     for index, part in enumerate(_parts(config)):
         h = _norm(params, f"{part.key}_norm", x, config) if _norms_before(config) else x
         y, carry, aux = part.apply(params[part.key], h, config, context, carry)
         if _norms_after(config):
             y = _norm(params, f"{part.key}_output_norm", y, config)
-        x = x + _branch(y, config, context, index)
+        start = h if config.residual == "sequential_normed" else x
+        x = start + _branch(y, config, context, index)
         if config.norm_position == "post":
             x = _norm(params, f"{part.key}_norm", x, config)
         _collect(merged, aux, f"{part.key}_output", y)
@@ -115,6 +120,7 @@ def _parallel(
 
 RESIDUALS: dict[str, Callable[..., tuple[Array, Carry, Aux]]] = {
     "sequential": _sequential,
+    "sequential_normed": _sequential,
     "parallel_one_norm": _parallel,
     "parallel_two_norms": _parallel,
 }

@@ -19,11 +19,12 @@ from model.block import block, dropout
 from model.caches.protocol import DecoderCache, StepMeta
 from model.config import ModelConfig, Segment
 from model.context import Context
+from model.head import logits
 from model.positions import PositionEncoder
 from model.remat import remat
 from model.runtime import DEFAULT_RUNTIME, Runtime
 from sharding import check_heads, constrain, gather_rows
-from weights import embed, linear, nearest, unembed
+from weights import embed, linear, nearest
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -71,11 +72,11 @@ def hidden_states(
         runtime: how it runs.
         positions: `int32[batch, length]` within each document; None counts in each document, or
             from what the cache holds.
-        segment_ids: `int32[batch, length]`; documents see only themselves, 0 is padding. None: one
-            document a row.
-        inputs_embeds: `[batch, length, d_model]` in place of embedded tokens.
+        segment_ids: `int32[batch, length]`; documents see only themselves, 0 is padding, on either
+            side. None: one document a row.
+        inputs_embeds: `[batch, length, d_model]` in place of embedded (and projected) tokens.
         cache: earlier keys and values; the new cache comes back as `aux["cache"]`. Tokens stand
-            after what it holds; each row is one document, and segment id 0 is padding on the right.
+            after what it holds; each row is one document, and segment id 0 is padding.
         until_layer: run only layers `0..until_layer-1`.
         taps: names of intermediates: "embeddings", "layers/3/hidden", "layers/3/query", …
         rng: key for dropout; None turns dropout off.
@@ -90,42 +91,28 @@ def hidden_states(
     _check_length(x.shape[1], config)
     meta = None if cache is None else _step(cache, x.shape, positions, segment_ids)
     positions = _positions(x.shape, positions, segment_ids, meta)
+    longest = _longest(positions, segment_ids) if cache is None else cache.planned_length
     x = _embed(params, x, positions, config, runtime, rng)
     taken = {"embeddings": x} if "embeddings" in wanted else {}
     reports, caches = [], {}
     for segment in _until(config.segments, stop):
         carry = {} if cache is None else {"cache": cache.segments[segment.name]}
-        context = _context(segment, positions, segment_ids, runtime, rng, meta)
+        encoder = PositionEncoder(segment.layer, longest).prepared(positions)
+        context = _context(segment, positions, segment_ids, encoder, runtime, rng, meta)
         x, carry, aux = _run(params, x, segment, stop, context, carry, wanted)
         taken.update(aux.pop("taps", {}))
         reports.append(aux)
         if cache is not None:
             caches[segment.name] = carry["cache"]
-    eps = config.norm_eps if config.final_norm_eps is None else config.final_norm_eps
-    x = norms.normalise(config.norm, params["final_norm"], x, eps)
+    if config.final_norm:
+        eps = config.norm_eps if config.final_norm_eps is None else config.final_norm_eps
+        x = norms.normalise(config.norm, params["final_norm"], x, eps)
     merged = _concatenate(reports)
     if taps:
         merged["taps"] = taken
     if cache is not None and meta is not None:
         merged["cache"] = cache.advance(caches, meta)
     return x, merged
-
-
-def logits(
-    params: Params, hidden: Array, config: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME
-) -> Array:
-    """`[..., length, d_model] -> float32[..., length, vocab]`: head or tied table, scale, soft
-    cap.
-    """
-    if config.tied_embeddings:
-        scores = unembed(params["embed"], hidden, jnp.float32)
-    else:
-        scores = linear(params["head"], hidden, dtype=jnp.float32)
-    if config.logit_scale != 1.0:
-        scores = scores * config.logit_scale
-    if config.logit_soft_cap is not None:
-        scores = config.logit_soft_cap * jnp.tanh(scores / config.logit_soft_cap)
-    return constrain(scores, ("batch", "length", "vocab"), runtime.layout)
 
 
 def _inputs(
@@ -138,6 +125,7 @@ def _inputs(
     """Token embeddings `[batch, length, d_model]` in the compute dtype, or the ones given."""
     if tokens is not None and inputs_embeds is None:
         x = _rows(params["embed"], tokens, runtime)
+        x = x if config.d_embed is None else linear(params["embed_projection"], x)
     elif inputs_embeds is not None and tokens is None:
         x = inputs_embeds.astype(runtime.compute_dtype)
     else:
@@ -181,16 +169,16 @@ def _context(
     segment: Segment,
     positions: Array,
     segment_ids: Array | None,
+    encoder: PositionEncoder,
     runtime: Runtime,
     rng: Array | None,
     meta: Any,
 ) -> Context:
-    """What the blocks of one segment know: position tables and head layout are settled once."""
+    """What the blocks of one segment know; the layout of their heads is settled once."""
     layer = segment.layer
     if runtime.layout is not None:
         layout = check_heads(runtime.layout, layer.num_heads, layer.kv_heads or layer.num_heads)
         runtime = dataclasses.replace(runtime, layout=layout)
-    encoder = PositionEncoder(layer).prepared(positions)
     return Context(positions, segment_ids, encoder, runtime, rng=rng, meta=meta)
 
 
@@ -275,6 +263,12 @@ def _positions(
         return places
     begins = segment_ids != jnp.roll(segment_ids, 1, axis=1)
     return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+
+
+def _longest(positions: Array, segment_ids: Array | None) -> Array:
+    """`int32[]`, the length of the longest document at hand, padding left out."""
+    real = positions if segment_ids is None else jnp.where(segment_ids > 0, positions, 0)
+    return jnp.max(real) + 1
 
 
 def _check_until(until_layer: int | None, config: ModelConfig) -> int:

@@ -2,7 +2,7 @@
 turn.
 
 Rows never touch one another: each has its own positions, key and end, so its tokens are those that
-it would get alone.
+it would get alone (but for rotary scalings that go by the length of the longest row).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from model.caches import DecoderCache, init_cache
 from model.config import ModelConfig
-from model.decoder import hidden_states, logits
+from model.decoder import hidden_states
+from model.head import logits
 from model.runtime import DEFAULT_RUNTIME, Runtime
 from model.sampling import GREEDY, Sampling, sample
 
@@ -130,6 +131,7 @@ def _generate(
         config,
         batch,
         width + max_new_tokens,
+        planned_length=jnp.max(lengths) + max_new_tokens,
         chunk=chunk,
         dtype=runtime.compute_dtype,
         layout=runtime.layout,

@@ -51,10 +51,15 @@ NORMS: dict[str, Callable[[Mapping[str, Array], Array, float], Array]] = {
 """Name -> `norm(params, x, eps)`; "rmsnorm_plus_one" stores its scale minus one (Gemma)."""
 
 
-def arrays(name: str, size: int) -> dict[str, ArraySpec]:
-    """The arrays of the norm `name` over `size` channels."""
-    scale = vector(size, None, init="zeros" if name == "rmsnorm_plus_one" else "ones")
-    return {"scale": scale, "bias": vector(size, None)} if name == "layernorm" else {"scale": scale}
+def arrays(name: str, size: int, axis: str | None = None) -> dict[str, ArraySpec]:
+    """The arrays of the norm `name` over `size` channels, which are split as the logical `axis`."""
+    scale = vector(size, axis, init="zeros" if name == "rmsnorm_plus_one" else "ones")
+    return {"scale": scale, "bias": vector(size, axis)} if name == "layernorm" else {"scale": scale}
+
+
+def without_bias(name: str) -> str:
+    """The norm of the same kind that has no bias."""
+    return "layernorm_nobias" if name == "layernorm" else name
 
 
 def normalise(name: str, params: Mapping[str, Array], x: Array, eps: float) -> Array:

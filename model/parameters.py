@@ -86,15 +86,20 @@ def count_parameters(config: ModelConfig, *, embeddings: bool = True) -> int:
 def _outer_arrays(config: ModelConfig) -> dict[str, ArraySpec]:
     """The arrays that stand outside the layers."""
     vocab, d_model, std = config.vocab_size, config.d_model, config.init_std
-    specs = {"embed/table": ArraySpec((vocab, d_model), ("vocab", "d_model"), scale=std)}
+    d_embed = config.d_embed or d_model
+    specs = {"embed/table": ArraySpec((vocab, d_embed), ("vocab", "d_model"), scale=std)}
+    if config.d_embed is not None:
+        shape = (d_embed, d_model)
+        specs["embed_projection/kernel"] = ArraySpec(shape, (None, "d_model"), scale=std)
+        specs["head_projection/kernel"] = ArraySpec(shape[::-1], ("d_model", None), scale=std)
     if config.positions == "learned":
         rows = config.max_length + config.position_offset
         specs["positions/table"] = ArraySpec((rows, d_model), ("positions", "d_model"), scale=std)
-    for name in ["embed_norm"] * config.embed_norm + ["final_norm"]:
+    for name in ["embed_norm"] * config.embed_norm + ["final_norm"] * config.final_norm:
         for path, spec in norms.arrays(config.norm, d_model).items():
             specs[f"{name}/{path}"] = spec
     if not config.tied_embeddings:
-        specs["head/kernel"] = ArraySpec((d_model, vocab), ("d_model", "vocab"), scale=std)
+        specs["head/kernel"] = ArraySpec((d_embed, vocab), ("d_model", "vocab"), scale=std)
     if config.head_bias:
         specs["head/bias"] = vector(vocab, "vocab")
     return specs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from model.caches.dense import Dense
@@ -14,6 +15,7 @@ from model.config import ModelConfig, Segment
 from sharding import Layout, constrain
 from weights import nearest
 
+Array = jax.Array
 AXES = ("layers", "batch", "kv_heads", None, None)
 
 
@@ -22,6 +24,7 @@ def init_cache(
     batch: int,
     capacity: int,
     *,
+    planned_length: Array | int | None = None,
     chunk: int | None = None,
     kind: str | None = None,
     dtype: Any = jnp.float32,
@@ -33,6 +36,9 @@ def init_cache(
         config: the model.
         batch: rows.
         capacity: longest sequence, prompt and generated tokens together.
+        planned_length: the longest that a row is meant to grow, an int or `int32[]`; None is
+            `capacity`. Rotary scalings that depend on the length ("dynamic", "longrope") go by it
+            from the first token on, so that stored keys and later queries always agree.
         chunk: most tokens that one step brings; None is `capacity`. Rolling caches are sized by it.
         kind: "dense" or "rolling" for all layers; None rolls where a sliding window makes that
             smaller.
@@ -47,7 +53,8 @@ def init_cache(
         segments[segment.name] = CACHES[name](
             segment, batch, capacity, chunk or capacity, dtype, layout
         )
-    return DecoderCache(segments, jnp.zeros(batch, jnp.int32))
+    planned = capacity if planned_length is None else planned_length
+    return DecoderCache(segments, jnp.zeros(batch, jnp.int32), jnp.asarray(planned, jnp.int32))
 
 
 def _smaller(segment: Segment, capacity: int, chunk: int) -> str:

@@ -24,9 +24,9 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMeta:
-    """The tokens of one step: row b brings `lengths[b]` more tokens, padding on its right.
+    """The tokens of one step.
 
-    positions: int32[batch, length], absolute position of each token.
+    positions: int32[batch, length], absolute position of each token, or of the one before padding.
     valid: bool[batch, length], False for padding, which is not stored.
     lengths: int32[batch], tokens that each row holds after this step.
     """
@@ -74,19 +74,21 @@ class DecoderCache:
 
     segments: name of a segment -> its cache.
     lengths: int32[batch].
+    planned_length: int32[], the longest that a row is meant to grow; rotary scalings that depend on
+        the length go by it and never change in mid-sequence.
     """
 
     segments: dict[str, Any]
     lengths: Array
+    planned_length: Array
 
     def step(self, shape: tuple[int, ...], segment_ids: Array | None) -> StepMeta:
-        """Where the next tokens stand: after what each row holds; segment id 0 marks padding on the
-        right.
+        """Where the next tokens stand: after what each row holds; segment id 0 marks padding, on
+        either side, which takes no place.
         """
-        offsets = jnp.arange(shape[1], dtype=jnp.int32)
-        positions = self.lengths[:, None] + offsets[None, :]
         valid = jnp.ones(shape[:2], bool) if segment_ids is None else segment_ids > 0
-        return StepMeta(positions, valid, self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32))
+        held = self.lengths[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+        return StepMeta(jnp.maximum(held - 1, 0), valid, held[:, -1])
 
     def advance(self, segments: Mapping[str, Any], meta: StepMeta) -> DecoderCache:
         """The cache after a step, with the caches that the layers returned."""
