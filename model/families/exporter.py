@@ -68,16 +68,15 @@ def export_checkpoint(
     values["torch_dtype"] = _common_dtype(tensors)
     values.pop("dtype", None)
     folder = Path(to).absolute()
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    write_weights(
-        folder,
-        _watched(tensors, progress),
-        max_shard_bytes=max_shard_bytes,
-    )
-    if jax.process_index() == 0:
-        for name, content in _small_files(checkpoint, values).items():
-            (folder / name).write_bytes(content)
+    if jax.process_index() != 0:
+        for *_, make in tensors:  # every process takes part in gathering each tensor
+            make()
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, _watched(tensors, progress), max_shard_bytes=max_shard_bytes)
+    for name, content in _small_files(checkpoint, values).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     return folder
 
 
@@ -156,9 +155,9 @@ def _gather(source: Source, array: Any, index: int, dtype: Any) -> np.ndarray:
         at = ()
     if source.experts is not None:
         at = (*at, expert)
-    everywhere = None
-    if isinstance(array.sharding, NamedSharding):
-        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+    everywhere, sharding = None, getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     take = _take(source.tensor.transposed, jnp.dtype(dtype), everywhere)
     return np.asarray(take(array, tuple(map(jnp.int32, at))))
 
@@ -205,6 +204,9 @@ def _watched(tensors: list[Entry], progress: Progress | None) -> Iterator[Entry]
 
 def _small_files(checkpoint: Checkpoint, values: dict[str, Any]) -> dict[str, bytes]:
     """`config.json`, the tokenizer's files and the rest that travels with the model."""
-    files = {name: bytes(content) for name, content in checkpoint.files.items()}
+    files = {}
+    for name, content in checkpoint.files.items():
+        extra = name.endswith(".jinja") and name != "chat_template.jinja"
+        files[f"additional_chat_templates/{name}" if extra else name] = bytes(content)
     files["config.json"] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
     return files
