@@ -106,7 +106,8 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(library.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise WeightFilesError(
-            f"{where}: gated; accept its terms on its page, then set HF_TOKEN or run `hf auth login`"
+            f"{where}: gated; accept the terms on its page, then set HF_TOKEN or run "
+            "`hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise WeightFilesError(
@@ -123,8 +124,8 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except Exception as error:
         raise WeightFilesError(
-            f"{where}: the download failed ({type(error).__name__}: {error}); what arrived is kept, "
-            "so run it again"
+            f"{where}: the download failed ({type(error).__name__}: {error}); what arrived is "
+            "kept, so run it again"
         ) from error
 
 

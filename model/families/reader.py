@@ -112,7 +112,7 @@ def open_weights(folder: str | Path, allow_pickle: bool = False) -> WeightFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightFilesError(f"{folder}: no such folder")
-    layout = _format(folder, allow_pickle)
+    form = _format(folder, allow_pickle)
     shards = form.shards(folder)
     if (folder / form.index).exists():
         tensors = _indexed(folder, form)
@@ -157,16 +157,20 @@ def _indexed(folder: Path, form: Format) -> dict[str, TensorInfo]:
     others = [*form.shards(folder), *_existing(folder / form.single)]
     _refuse([p for p in others if p.name not in named], f"is not in {form.index}")
     tensors = _merged(form, named.values())
-    for name in [*files, *tensors]:
-        said, found = files.get(name), tensors.get(name)
-        if found is None or said != found.file.name:
-            where = f"{said!r} according to it" if said else "in no file according to it"
-            really = f"in {found.file.name}" if found else "nowhere"
-            raise WeightFilesError(
-                f"{index} does not fit its shards: {name} is {where}, but really {really}; "
-                "download both again, or delete the index if the shards are right"
-            )
+    _check_index(index, files, tensors)
     return tensors
+
+
+def _check_index(index: Path, files: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    """Each tensor must be in the file that the index says, and in the index."""
+    for name in [*files, *tensors]:
+        said = files.get(name, "no file")
+        found = tensors[name].file.name if name in tensors else "no file"
+        if said != found:
+            raise WeightFilesError(
+                f"{index} does not fit its shards: it says that {name} is in {said}, but it is in "
+                f"{found}; download both again, or delete the index if the shards are right"
+            )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -183,7 +187,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in files.items():
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
             raise WeightFilesError(
-                f"{index}: weight_map has {name!r} for {tensor}, wanted the name of a file beside it"
+                f"{index}: weight_map has {name!r} for {tensor}, wanted a plain file name"
             )
     return files
 
@@ -194,8 +198,8 @@ def _merged(form: Format, paths: Iterable[Path]) -> dict[str, TensorInfo]:
         for name, info in form.tensors(path).items():
             if name in tensors:
                 raise WeightFilesError(
-                    f"{path}: has {name}, and so has {tensors[name].file.name}; one of them belongs "
-                    "to other weights"
+                    f"{path}: has {name}, and so has {tensors[name].file.name}; one of them "
+                    "belongs to other weights: delete it"
                 )
             tensors[name] = info
     return tensors

@@ -104,15 +104,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = (*shape, begin, end)
-        sound = all(type(number) is int and number >= 0 for number in numbers)
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError
     except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
         raise WeightFilesError(
             f"{path}: corrupt header: {name} is {json.dumps(entry)[:200]}, wanted dtype, shape and "
             f"data_offsets; {AGAIN}"
-        )
+        ) from None
     if not isinstance(kind, str) or kind not in DTYPES:
         close = nearest(str(kind), DTYPES) or ", ".join(DTYPES)
         raise WeightFilesError(

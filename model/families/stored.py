@@ -122,7 +122,7 @@ def _select(
 
 
 def _read_run(descriptor: int, array: np.ndarray, offset: int, file: Path) -> None:
-    remaining = memoryview(array.reshape(-1).view(np.uint8))
+    remaining = array.reshape(-1).view(np.uint8).data
     while remaining:
         count = os.preadv(descriptor, [remaining], offset)
         if count == 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -110,12 +110,13 @@ def read_pickle(path: Path) -> dict[str, TensorInfo]:
 
 def _known() -> dict[str, Any]:
     """Stand-ins by name, made anew for each file, whose pickle may set attributes of them."""
-    typed: Callable[..., _Tensor] = lambda storage, first, shape, strides, *rest: _Tensor(
-        storage, first, shape, strides, _without_metadata(storage.dtype, rest[2:])
-    )
-    untyped: Callable[..., _Tensor] = lambda storage, first, shape, strides, grad, hooks, *rest: (
-        _Tensor(storage, first, shape, strides, _without_metadata(rest[0], rest[1:]))
-    )
+
+    def typed(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+        return _Tensor(storage, first, shape, strides, _without_metadata(storage.dtype, rest[2:]))
+
+    def untyped(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+        return _Tensor(storage, first, shape, strides, _without_metadata(rest[2], rest[3:]))
+
     return {
         "collections.OrderedDict": collections.OrderedDict,
         "torch._utils._rebuild_tensor": typed,

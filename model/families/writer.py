@@ -199,7 +199,7 @@ def _write_tensor(file: IO[bytes], tensor: NewTensor) -> None:
             f"{array.dtype} {list(array.shape)}"
         )
     for block in _blocks(plain(array)):
-        _write_all(file, block.reshape(-1).view(np.uint8))
+        _write_all(file, block.reshape(-1).view(np.uint8).data)
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -212,7 +212,7 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(array[start : start + rows])
 
 
-def _write_all(file: IO[bytes], content: bytes | np.ndarray) -> None:
+def _write_all(file: IO[bytes], content: bytes | memoryview) -> None:
     remaining = memoryview(content)
     while remaining:
         remaining = remaining[file.write(remaining) :]
