@@ -1,5 +1,5 @@
-"""`python -m model import` reads a Hugging Face checkpoint, `export` writes one, `check` looks at one
-without reading its weights.
+"""`python -m model import` reads a Hugging Face checkpoint, `export` writes one, `check` looks at
+one without reading its weights.
 
     python -m model import --from=HF_FOLDER --to=CHECKPOINT --dtype=bfloat16 --mesh.fsdp=4
     python -m model export --checkpoint=runs/mine --to=HF_FOLDER
@@ -53,7 +53,9 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", dest="source", required=True, help="a folder, or hub:owner/name[@revision]"
     )
     parser.add_argument("--to", required=True, help="the checkpoint folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the arrays; else as the files hold them")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the arrays; else as the files hold them"
+    )
     _reading_arguments(parser)
     _mesh_arguments(parser)
 

@@ -62,7 +62,9 @@ def export_checkpoint(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint, layout=layout)
-    base = json.loads(checkpoint.files["config.json"]) if "config.json" in checkpoint.files else None
+    base = (
+        json.loads(checkpoint.files["config.json"]) if "config.json" in checkpoint.files else None
+    )
     chosen, values = describe_as(checkpoint.config, family, base)
     tensors = list(_tensors(chosen, checkpoint.config, checkpoint.params, dtype))
     values["torch_dtype"] = _common_dtype(tensors)
@@ -111,9 +113,7 @@ def describe_as(
 Entry = tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]
 
 
-def _tensors(
-    family: Family, config: ModelConfig, params: Any, dtype: Any
-) -> Iterator[Entry]:
+def _tensors(family: Family, config: ModelConfig, params: Any, dtype: Any) -> Iterator[Entry]:
     """Name, shape, dtype and value (made when asked for) of each tensor, layer by layer."""
     arrays = flatten(params)
     makers: dict[str, tuple[Any, Callable[[], np.ndarray]]] = {}

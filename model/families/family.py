@@ -51,7 +51,9 @@ def config_from_hf(family: Family, values: Values, ignore: Iterable[str] = ()) -
     it is in `ignore`), for a value that Sheaf has no equal for, and for sizes that do not fit.
     """
     understood = known(family.keys) | set(ignore)
-    unknown = [name for name, value in values.items() if name not in understood and value is not None]
+    unknown = [
+        name for name, value in values.items() if name not in understood and value is not None
+    ]
     if unknown:
         shown = "; ".join(
             f"{name} = {values[name]!r} (nearest: {nearest(name, understood) or 'none'})"

@@ -38,7 +38,7 @@ from model.families.reader import WeightFiles, open_weights
 from model.families.registry import find
 from model.parameters import rules
 from sharding import Layout, partition
-from weights import flatten, from_flat
+from weights import from_flat
 
 Progress = Callable[[int, int, str], None]
 """`(bytes read so far, bytes in all, name of the array)`."""
@@ -312,6 +312,6 @@ def _check_tied(
         part = (slice(start, min(rows, start + step)), slice(None))
         if files.read(head, part).tobytes() != files.read(stored[table], part).tobytes():
             raise FamilyError(
-                f"{files.tensors[head].file}: {head} differs from {stored[table]} near row {start}, "
-                "but tie_word_embeddings is true; set it to false in config.json to keep both"
+                f"{files.tensors[head].file}: {head} differs from {stored[table]} near row {start} "
+                "though tie_word_embeddings is true; set it to false in config.json to keep both"
             )

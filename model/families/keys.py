@@ -17,27 +17,27 @@ from model.config import ModelConfig
 Values = Mapping[str, Any]
 """Their config, as JSON gives it."""
 
-INERT = frozenset(
-    """
+_INERT = """
     _name_or_path architectures auto_map model_type torch_dtype dtype transformers_version use_cache
     _attn_implementation attn_implementation _flash_attn_2_enabled use_flash_attention_2
-    unsloth_version unsloth_fixed tokenizer_class task_specific_params summary_type
-    summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
-    forced_bos_token_id forced_eos_token_id bad_words_ids begin_suppress_tokens suppress_tokens
-    prefix is_decoder is_encoder_decoder add_cross_attention cross_attention_hidden_size
-    tie_encoder_decoder chunk_size_feed_forward pruned_heads problem_type
-    id2label label2id num_labels finetuning_task return_dict torchscript
-    output_attentions output_hidden_states output_scores return_dict_in_generate output_router_logits
-    remove_invalid_values max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences exponential_decay_length_penalty
-    use_bfloat16 tf_legacy_loss pretraining_tp gradient_checkpointing
-    attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout embedding_dropout dropout
-    activation_dropout classifier_dropout classifier_dropout_prob layerdrop attn_dropout
-    router_aux_loss_coef aux_loss_coef router_jitter_noise router_z_loss_coef n_ctx
-    """.split()
-)
+    unsloth_version unsloth_fixed tokenizer_class task_specific_params summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout bos_token_id eos_token_id
+    pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id bad_words_ids begin_suppress_tokens suppress_tokens prefix is_decoder
+    is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder
+    chunk_size_feed_forward pruned_heads problem_type id2label label2id num_labels finetuning_task
+    return_dict torchscript output_attentions output_hidden_states output_scores
+    return_dict_in_generate output_router_logits remove_invalid_values max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    num_return_sequences exponential_decay_length_penalty use_bfloat16 tf_legacy_loss pretraining_tp
+    gradient_checkpointing attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout
+    embedding_dropout dropout activation_dropout classifier_dropout classifier_dropout_prob
+    layerdrop attn_dropout router_aux_loss_coef aux_loss_coef router_jitter_noise router_z_loss_coef
+    n_ctx
+"""
+
+INERT = frozenset(_INERT.split())
 """Keys that change no number of a forward pass: bookkeeping, generation defaults, training."""
 
 

@@ -175,7 +175,8 @@ def _owners(family: Family, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         for path in tensor.ours:
             if path in owners:
                 raise FamilyError(
-                    f"family {family.name!r}: {path} is in {owners[path].theirs} and {tensor.theirs}"
+                    f"family {family.name!r} has {path} in {owners[path].theirs} "
+                    f"and in {tensor.theirs}"
                 )
             owners[path] = tensor
     return owners

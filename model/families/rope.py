@@ -132,7 +132,9 @@ def scaling(
         return None
     if kind not in KINDS:
         close = nearest(str(kind), KINDS) or ", ".join(KINDS)
-        raise FamilyError(f"rope_scaling has rope_type {kind!r}, which is unknown; nearest: {close}")
+        raise FamilyError(
+            f"rope_scaling has rope_type {kind!r}, which is unknown; nearest: {close}"
+        )
     passed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "short_factor"}
     unknown = set(given) - set(SAME) - passed - {"long_factor"}
     if unknown:
