@@ -18,8 +18,10 @@ Values = Mapping[str, Any]
 """Their config, as JSON gives it."""
 
 _INERT = """
-    _name_or_path architectures auto_map model_type torch_dtype dtype transformers_version use_cache
-    _attn_implementation attn_implementation _flash_attn_2_enabled use_flash_attention_2
+    _name_or_path _commit_hash architectures auto_map model_type torch_dtype dtype
+    transformers_version use_cache
+    _attn_implementation _attn_implementation_internal _attn_implementation_autoset
+    attn_implementation _flash_attn_2_enabled use_flash_attention_2
     unsloth_version unsloth_fixed tokenizer_class task_specific_params summary_type summary_use_proj
     summary_activation summary_proj_to_labels summary_first_dropout bos_token_id eos_token_id
     pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_bos_token_id
@@ -93,7 +95,7 @@ def key(
         value = getattr(config, ours)
         if names is None:
             return {theirs: value}
-        back = {v: k for k, v in reversed(names.items())}
+        back = {v: k for k, v in reversed(list(names.items()))}
         if value not in back:
             raise FamilyError(f"model.{ours} is {value!r}, which {theirs} has no word for")
         return {theirs: back[value]}
@@ -101,10 +103,13 @@ def key(
     return Keys((theirs, *also), read, write)
 
 
-def always(theirs: str, value: Any, default: Any = Required, *also: Any) -> Keys:
+def always(
+    theirs: str, value: Any, default: Any = Required, *also: Any, written: bool = True
+) -> Keys:
     """A key that must have one value (or one of `also`), since no field stands for it.
 
-    `default` is the value of an absent key; without it an absent key is as good as `value`.
+    `default` is the value of an absent key; without it an absent key is as good as `value`. A key
+    that their library does not read any more is not `written`.
     """
 
     def read(values: Values) -> dict[str, Any]:
@@ -113,7 +118,12 @@ def always(theirs: str, value: Any, default: Any = Required, *also: Any) -> Keys
             raise FamilyError(f"{theirs} is {found!r}; only {value!r} is supported")
         return {}
 
-    return Keys((theirs,), read, lambda config: {theirs: value})
+    return Keys((theirs,), read, lambda config: {theirs: value} if written else {})
+
+
+def unread(*names: str) -> Keys:
+    """Keys of published files that their own code never reads; they are dropped."""
+    return Keys(names, lambda values: {}, lambda config: {})
 
 
 def known(names: tuple[Keys, ...]) -> frozenset[str]:

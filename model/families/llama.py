@@ -7,17 +7,33 @@ from model.families.keys import Keys, activation, key
 from model.families.rope import plain_length, rope
 from model.families.tensors import Tensor, linear, norm, table
 
-SIZES: tuple[Keys, ...] = (
-    key("vocab_size", "vocab_size", 32000),
-    key("hidden_size", "d_model", 4096),
-    key("intermediate_size", "d_ff", 11008),
-    key("num_hidden_layers", "num_layers", 32),
-    key("num_attention_heads", "num_heads", 32),
-    key("num_key_value_heads", "kv_heads", None),
-    key("head_dim", "head_dim", None),
-    key("initializer_range", "init_std", 0.02),
-)
-"""What nearly every config.json of a decoder says; the defaults are Llama's."""
+
+def sizes(
+    vocab_size: int = 32000,
+    d_model: int = 4096,
+    d_ff: int = 11008,
+    num_layers: int = 32,
+    num_heads: int = 32,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+) -> tuple[Keys, ...]:
+    """What nearly every config.json of a decoder says; the arguments are the values of absent
+    keys, by default Llama's.
+    """
+    return (
+        key("vocab_size", "vocab_size", vocab_size),
+        key("hidden_size", "d_model", d_model),
+        key("intermediate_size", "d_ff", d_ff),
+        key("num_hidden_layers", "num_layers", num_layers),
+        key("num_attention_heads", "num_heads", num_heads),
+        key("num_key_value_heads", "kv_heads", kv_heads),
+        key("head_dim", "head_dim", head_dim),
+        key("initializer_range", "init_std", 0.02),
+    )
+
+
+SIZES: tuple[Keys, ...] = sizes()
+"""The sizes of Llama."""
 
 KEYS: tuple[Keys, ...] = (
     *SIZES,
