@@ -36,7 +36,8 @@ _INERT = """
     gradient_checkpointing attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout
     embedding_dropout dropout activation_dropout classifier_dropout classifier_dropout_prob
     layerdrop attn_dropout router_aux_loss_coef aux_loss_coef router_jitter_noise router_z_loss_coef
-    n_ctx
+    n_ctx resid_dropout embed_dropout attention_probs_dropout_prob hidden_dropout_prob
+    reorder_and_upcast_attn slow_but_exact _num_labels n_special predict_special_tokens output_past
 """
 
 INERT = frozenset(_INERT.split())

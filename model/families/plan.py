@@ -50,7 +50,7 @@ def sources(family: Family, config: ModelConfig) -> list[Source]:
     found = []
     for segment, shapes in _shapes(config).items():
         layer = config.layer(0) if segment is None else segment.layer
-        owners = _owners(family, shapes)
+        owners = _owners(family, shapes, layer)
         for path, shape in shapes.items():
             if path not in owners:
                 raise FamilyError(f"family {family.name!r} has no tensor for {path} of this model")
@@ -169,9 +169,9 @@ def _shapes(config: ModelConfig) -> dict[Segment | None, dict[str, Shape]]:
     return shapes
 
 
-def _owners(family: Family, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+def _owners(family: Family, shapes: Mapping[str, Shape], layer: ModelConfig) -> dict[str, Tensor]:
     owners: dict[str, Tensor] = {}
-    for tensor in present(family.tensors, frozenset(shapes)):
+    for tensor in present(family.tensors, frozenset(shapes), layer):
         for path in tensor.ours:
             if path in owners:
                 raise FamilyError(

@@ -30,12 +30,14 @@ class Tensor:
     ours: paths of our arrays in it, in the order in which the packing counts them.
     transposed: stored `[..., out, in]`, where ours is `[..., in, out]`.
     packing: rows of each part along their output axis; None for a single array.
+    when: whether a layer of this config has it under this name; None is always.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
     packing: Packing | None = None
+    when: Callable[[ModelConfig], bool] | None = None
 
     @property
     def by_layer(self) -> bool:
@@ -65,11 +67,13 @@ def conv1d(theirs: str, *ours: str, packing: Packing | None = None) -> tuple[Ten
     return linear(theirs, *ours, packing=packing, transposed=False)
 
 
-def norm(theirs: str, ours: str) -> tuple[Tensor, ...]:
-    """A norm: `.weight` and, where ours has one, `.bias`."""
+def norm(
+    theirs: str, ours: str, when: Callable[[ModelConfig], bool] | None = None
+) -> tuple[Tensor, ...]:
+    """A norm: `.weight` and, where ours has one, `.bias`; under this name `when` that holds."""
     return (
-        Tensor(f"{theirs}.weight", (f"{ours}/scale",)),
-        Tensor(f"{theirs}.bias", (f"{ours}/bias",)),
+        Tensor(f"{theirs}.weight", (f"{ours}/scale",), when=when),
+        Tensor(f"{theirs}.bias", (f"{ours}/bias",), when=when),
     )
 
 
@@ -98,6 +102,13 @@ def by_kv_head(config: ModelConfig, sizes: Sequence[int]) -> tuple[np.ndarray, .
     return tuple(part.reshape(-1) for part in parts)
 
 
-def present(tensors: Sequence[Tensor], paths: frozenset[str]) -> tuple[Tensor, ...]:
-    """The tensors that a model with these array paths has (biases, heads, norms come and go)."""
-    return tuple(tensor for tensor in tensors if all(path in paths for path in tensor.ours))
+def present(
+    tensors: Sequence[Tensor], paths: frozenset[str], layer: ModelConfig
+) -> tuple[Tensor, ...]:
+    """The tensors that a layer with these array paths has (biases, heads, norms come and go)."""
+    return tuple(
+        tensor
+        for tensor in tensors
+        if all(path in paths for path in tensor.ours)
+        and (tensor.when is None or tensor.when(layer))
+    )
