@@ -99,7 +99,7 @@ def _project(
     projected = []
     for name, axis in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
         y = linear(params[name], x)
-        if f"{name}_norm" in params:
+        if config.qk_norm != "none" and name != "value":
             y = _qk_norm(params[f"{name}_norm"], y, config)
         y = y.reshape(*x.shape[:2], -1, config.head_dim)
         projected.append(constrain(y, ("batch", "length", axis, None), layout))
@@ -108,7 +108,7 @@ def _project(
 
 
 def _qk_norm(params: Mapping[str, Array], y: Array, config: ModelConfig) -> Array:
-    """Queries or keys `[batch, length, heads * head_dim]`, normed over each head or the full row."""
+    """Queries or keys `[batch, length, heads * head_dim]`, normed by head or in full."""
     kind = norms.without_bias(config.norm)
     if config.qk_norm == "full":
         return norms.normalise(kind, params, y, config.norm_eps)

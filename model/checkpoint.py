@@ -138,7 +138,9 @@ def from_json(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 def _typed(hint: Any, value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(_typed(None, item) for item in value)
+        items = typing.get_args(hint)  # (item, ...) or one type for each item
+        items = items[:1] * len(value) if Ellipsis in items else items
+        return tuple(_typed(item, one) for item, one in zip(items, value, strict=True))
     if isinstance(value, dict):
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         cls = next(option for option in options if dataclasses.is_dataclass(option))
