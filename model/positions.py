@@ -56,9 +56,9 @@ class PositionEncoder:
         """ALiBi slopes `float32[num_heads]`, rounded to `alibi_dtype`, times `alibi_scale`; or
         None.
 
-        Falcon multiplies slope and key position in bfloat16, so where a product has more than 8
-        significant bits (beyond position 256, or slopes that are no powers of two) its bias is
-        rounded once more, by up to a 512th; ours is not, and grows evenly with the distance.
+        Falcon also rounds the key's position and its product with the slope to bfloat16, each by up
+        to a 256th: nothing up to position 256 where slopes are powers of two (1, 2, 4 or 8 heads).
+        Elsewhere its bias steps around ours, which grows evenly with the distance.
         """
         config = self.config
         if config.positions != "alibi":
