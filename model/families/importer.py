@@ -1,8 +1,8 @@
 """From the files of a Hugging Face checkpoint to arrays on a mesh, one tensor at a time.
 
-A stack of layers is made empty on the devices and filled layer by layer, in place: the host reads,
-in their orientation, just the rows and columns that a device holds, and the device turns them. So
-the host never holds more than a tensor being read and one being sent.
+A stack of layers is made empty on the devices and filled layer by layer, in place. The host reads
+just the rows and columns that a device holds, turns them into our orientation as they come, and
+sends them. So it never holds more than a tensor being read and one being sent.
 """
 
 from __future__ import annotations
@@ -36,12 +36,19 @@ from model.families.plan import (
 )
 from model.families.reader import WeightFiles, open_weights
 from model.families.registry import find
+from model.families.tensors import Tensor
 from model.parameters import rules
 from sharding import Layout, partition
 from weights import from_flat
 
 Progress = Callable[[int, int, str], None]
 """`(bytes read so far, bytes in all, name of the array)`."""
+
+CHUNK = 512
+"""Rows that are read at a time where they have to be turned or picked out."""
+
+STRIP = 16
+"""Rows that are turned at a time: a strip of columns of ours, of one or two cache lines a row."""
 
 CARRIED = (
     "config.json",
@@ -89,7 +96,7 @@ def import_checkpoint(
     config = config_from_hf(family, values, ignore_keys)
     with open_weights(folder, allow_pickle=allow_pickle) as files:
         params = read_params(files, family, config, dtype, layout, progress)
-    provenance = {"method": "import", "family": family.name, "source": str(source)}
+    provenance: dict[str, Any] = {"method": "import", "family": family.name, "source": str(source)}
     if ignore_keys:
         provenance["ignored_keys"] = list(ignore_keys)
     found = Checkpoint(config, params, carried_files(folder), provenance, folder)
@@ -164,29 +171,25 @@ def _fill(
     """The array on its devices after each piece that was put into it, and the share that is
     there.
     """
-    stacked = _stacked_axes(source)
-    inner = _their_sharding(sharding, source, stacked)
-    shape = their_order(source.tensor, source.shape)
-    turn = source.tensor.transposed
-    if not stacked:
-        raw = _place(shape, inner, lambda index: read(0, 0, index))
-        yield _finish(sharding, turn, leaf.dtype)(raw), 1.0
+    if source.segment is None:
+        raw = _place(leaf.shape, sharding, lambda index: read(0, 0, index))
+        yield _cast(sharding, leaf.dtype)(raw), 1.0
         return
     array = _empty(sharding, leaf.shape, leaf.dtype)()
     shards = _expert_shards(sharding, source)
     each = (source.experts or 1) // shards
+    shape = source.shape if source.experts is None else (shards, *source.shape)
+    inner = _without_layers(sharding)
+    put = _put(sharding, None if source.experts is None else (shards, each))
     for layer, expert in itertools.product(range(leaf.shape[0]), range(each)):
 
         def piece(index: tuple[slice, ...], layer=layer, expert=expert) -> np.ndarray:
             if source.experts is None:
                 return read(layer, 0, index)
-            first = index[0].indices(shards)[0]
-            return read(layer, first * each + expert, index[1:])[None]
+            shard = index[0].indices(shards)[0]
+            return read(layer, shard * each + expert, index[1:])[None]
 
-        raw_shape = shape if source.experts is None else (shards, *shape)
-        raw = _place(raw_shape, inner, piece)
-        put = _put(sharding, turn, None if source.experts is None else (shards, each))
-        array = put(array, raw, layer, expert)
+        array = put(array, _place(shape, inner, piece), np.int32(layer), np.int32(expert))
         yield array, (layer * each + expert + 1) / (leaf.shape[0] * each)
 
 
@@ -218,16 +221,43 @@ def _read(
     expert: int,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """A piece of one layer's array, in their orientation; `index` is in their orientation too."""
+    """A piece `index` of one layer's array of ours, packed rows taken and turned if need be."""
     start = 0 if source.segment is None else source.segment.start
     name = stored[source.tensor.theirs.format(layer=start + layer, expert=expert)]
-    if source.rows is None:
+    if source.rows is None and not source.tensor.transposed:
         return files.read(name, index)
-    axis = output_axis(source.tensor) % len(index)
-    rows = source.rows[index[axis]]
+    columns = np.arange(source.shape[-1])[index[-1]]
+    rows = columns if source.rows is None else source.rows[columns]
+    sizes = [len(range(*part.indices(n))) for part, n in zip(index, source.shape, strict=True)]
+    piece = np.empty(sizes, jnp.dtype(files.tensors[name].dtype))
+    for first in range(0, len(rows), CHUNK):
+        chunk = rows[first : first + CHUNK]
+        block = _rows(files, name, source.tensor, chunk, index)
+        _copy(piece[..., first : first + len(chunk)], block, source.tensor.transposed)
+    return piece
+
+
+def _rows(
+    files: WeightFiles, name: str, tensor: Tensor, rows: np.ndarray, index: tuple[slice, ...]
+) -> np.ndarray:
+    """These rows of their tensor along its output axis; the other axes as `index` of ours says."""
     low, high = int(rows.min()), int(rows.max()) + 1
-    block = files.read(name, (*index[:axis], slice(low, high), *index[axis + 1 :]))
-    return block if high - low == len(rows) else np.take(block, rows - low, axis=axis)
+    block = files.read(name, their_order(tensor, (*index[:-1], slice(low, high))))
+    if high - low == len(rows):
+        return block
+    return np.take(block, rows - low, axis=output_axis(tensor))
+
+
+def _copy(ours: np.ndarray, theirs: np.ndarray, turn: bool) -> None:
+    """Copy a block, turned if its tensor is; a few rows at a time, so that both stay in cache."""
+    bits = np.dtype(f"u{ours.itemsize}")  # NumPy copies bfloat16 number by number
+    ours, theirs = ours.view(bits), theirs.view(bits)
+    if not turn:
+        ours[...] = theirs
+        return
+    for first in range(0, theirs.shape[-2], STRIP):
+        strip = theirs[..., first : first + STRIP, :]
+        ours[..., first : first + STRIP] = np.swapaxes(strip, -1, -2)
 
 
 @functools.lru_cache(maxsize=256)
@@ -236,23 +266,28 @@ def _empty(sharding: Sharding, shape: tuple[int, ...], dtype: Any) -> Callable[[
 
 
 @functools.lru_cache(maxsize=256)
-def _finish(sharding: Sharding, turn: bool, dtype: Any) -> Callable[[jax.Array], jax.Array]:
-    def finish(raw: jax.Array) -> jax.Array:
-        return (jnp.swapaxes(raw, -1, -2) if turn else raw).astype(dtype)
-
-    return jax.jit(finish, out_shardings=sharding)
+def _cast(sharding: Sharding, dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda raw: raw.astype(dtype), out_shardings=sharding, donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=256)
-def _put(sharding: Sharding, turn: bool, experts: tuple[int, int] | None) -> Callable[..., Any]:
-    """`(stack, raw piece, layer, expert) -> stack` with the piece in place, the stack donated."""
+def _put(sharding: Sharding, experts: tuple[int, int] | None) -> Callable[..., Any]:
+    """`(stack, raw piece, layer, expert) -> stack` with the piece in place, the stack donated.
+
+    `experts` is how many shards experts are in, and how many each shard has.
+    """
 
     def put(stack: jax.Array, raw: jax.Array, layer: jax.Array, expert: jax.Array) -> jax.Array:
-        value = (jnp.swapaxes(raw, -1, -2) if turn else raw).astype(stack.dtype)
-        if experts is None:
-            return stack.at[layer].set(value)
-        split = stack.reshape(stack.shape[0], *experts, *stack.shape[2:])
-        return split.at[layer, :, expert].set(value).reshape(stack.shape)
+        value = raw.astype(stack.dtype)[None]
+        split = stack.shape if experts is None else (len(stack), *experts, *stack.shape[2:])
+        at = (layer,) if experts is None else (layer, 0, expert)
+        value = value if experts is None else value[:, :, None]
+        # As plain bits, since on a CPU XLA would convert a whole bfloat16 stack for each update.
+        as_bits = f"uint{8 * stack.dtype.itemsize}"
+        bits = jax.lax.bitcast_convert_type(stack, as_bits).reshape(split)
+        value = jax.lax.bitcast_convert_type(value, as_bits)
+        bits = jax.lax.dynamic_update_slice(bits, value, (*at, *[0] * (len(split) - len(at))))
+        return jax.lax.bitcast_convert_type(bits.reshape(stack.shape), stack.dtype)
 
     return jax.jit(put, out_shardings=sharding, donate_argnums=0)
 
@@ -271,14 +306,11 @@ def flatten_shardings(tree: Any) -> dict[str, Sharding]:
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def _their_sharding(sharding: Sharding, source: Source, stacked: int) -> Sharding:
-    """The sharding of one piece in their orientation; separate experts keep their axis in front."""
+def _without_layers(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stack."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    whole = (*sharding.spec, *[None] * (stacked + len(source.shape) - len(sharding.spec)))
-    experts = (whole[1],) if source.experts is not None else ()
-    spec = (*experts, *their_order(source.tensor, whole[stacked:]))
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def _expert_shards(sharding: Sharding, source: Source) -> int:
@@ -286,10 +318,6 @@ def _expert_shards(sharding: Sharding, source: Source) -> int:
         return 1
     local = sharding.shard_shape((1, source.experts, *source.shape))[1]
     return source.experts // local
-
-
-def _stacked_axes(source: Source) -> int:
-    return (source.segment is not None) + (source.experts is not None)
 
 
 def _stacked_shape(source: Source) -> tuple[int, ...]:
