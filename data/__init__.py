@@ -13,11 +13,12 @@ from data.proportions import proportional, temperature, unimax
 from data.record import check_resume
 from data.sources import BadRowError, Row, Source, SourceError, open_source
 from data.store import StoreOptions, TokenStore
-from data.tokenizer import (
+from data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
     DecodeStream,
     FileTokenizer,
+    SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Phase",
     "PhaseConfig",
     "Row",
+    "SentencePieceTokenizer",
     "Source",
     "SourceConfig",
     "SourceError",

@@ -9,7 +9,7 @@ from data.dataset import build
 from data.show import read_run, show
 from data.sources import open_source
 from data.store import StoreOptions
-from data.tokenizer import ByteTokenizer, load_tokenizer
+from data.tokenizers import ByteTokenizer, load_tokenizer
 from data.tokenizing import tokenize
 
 

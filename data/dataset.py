@@ -22,7 +22,7 @@ from data.packing import Plan, Spans, cached_plan, make_plan
 from data.sources import Source, SourceError, open_source
 from data.splits import bytes_and_targets, split
 from data.store import StoreOptions, TokenStore, store_fingerprint
-from data.tokenizer import Tokenizer
+from data.tokenizers import Tokenizer
 from data.tokenizing import Say, tokenize
 from data.vocabulary import make_tokenizer
 

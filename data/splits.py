@@ -6,7 +6,7 @@ import numpy as np
 
 from data.packing import Spans
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizers import Tokenizer
 
 FOLDS = 2**32
 FEW = 100

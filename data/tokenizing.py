@@ -25,7 +25,7 @@ from data.files import file_hash, full_disk_explained, sync, sync_folder, write_
 from data.progress import Progress
 from data.sources import FILE_STRIDE, BadRowError, Row, Source, SourceError
 from data.store import FORMAT, StoreOptions, TokenStore, shard_folder, store_fingerprint
-from data.tokenizer import Tokenizer
+from data.tokenizers import Tokenizer
 
 BATCH_CHARACTERS = 1_000_000
 ARRAYS = ("tokens.bin", "offsets.npy", "rows.npy")

@@ -11,7 +11,7 @@ from data.config import DataConfig
 from data.files import fingerprint, write_folder
 from data.order import key, permute
 from data.sources import FILE_STRIDE, Row, Source
-from data.tokenizer import (
+from data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
     FileTokenizer,
