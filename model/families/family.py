@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import GLOBAL_FIELDS, ModelConfig
 from model.families.keys import FamilyError, Keys, Values, known
 from model.families.tensors import Tensor
 from weights import nearest
@@ -31,6 +31,7 @@ class Family:
     prefix: what the base model's names begin with; checkpoints without it are read too.
     buffers: patterns of names that hold no weights and are passed over.
     stores_tied_head: their file holds the head although it is the embedding.
+    written_as: the family that its models are written as, where only a part of a file is read.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Family:
     prefix: str = "model."
     buffers: tuple[str, ...] = ()
     stores_tied_head: bool = False
+    written_as: str | None = None
 
 
 def config_from_hf(family: Family, values: Values, ignore: Iterable[str] = ()) -> ModelConfig:
@@ -49,6 +51,17 @@ def config_from_hf(family: Family, values: Values, ignore: Iterable[str] = ()) -
 
     Raises `FamilyError` for a key that is neither understood nor inert (unless its value is null or
     it is in `ignore`), for a value that Sheaf has no equal for, and for sizes that do not fit.
+    """
+    fields = fields_from_hf(family, values, ignore)
+    try:
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise FamilyError(f"config.json of family {family.name!r}: {error}") from error
+
+
+def fields_from_hf(family: Family, values: Values, ignore: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a `config.json` of this family sets; raises as
+    `config_from_hf` does.
     """
     understood = known(family.keys) | set(ignore)
     unknown = [
@@ -68,10 +81,7 @@ def config_from_hf(family: Family, values: Values, ignore: Iterable[str] = ()) -
         for name, value in keys.read(values).items():
             merged = (*fields.get(name, ()), *value) if name == "layer_overrides" else value
             fields[name] = merged
-    try:
-        return ModelConfig(**fields)
-    except ValueError as error:
-        raise FamilyError(f"config.json of family {family.name!r}: {error}") from error
+    return fields
 
 
 def config_to_hf(family: Family, config: ModelConfig, base: Values | None = None) -> dict[str, Any]:
@@ -102,28 +112,46 @@ def config_to_hf(family: Family, config: ModelConfig, base: Values | None = None
 NOT_IN_FILES = frozenset({"init_std", "dropout", "base_d_model", "max_length", "capacity_factor"})
 """Fields that change no forward pass of a published model, and that a file may leave out."""
 
+LAYER_FIELDS = frozenset(entry.name for entry in dataclasses.fields(ModelConfig)) - GLOBAL_FIELDS
+"""Fields that may differ from layer to layer."""
+
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """`model.field is A here, B there` for each field in which two models compute differently."""
-    found = []
-    for name in (entry.name for entry in dataclasses.fields(ModelConfig)):
-        if name in NOT_IN_FILES or name == "layer_overrides":
-            continue
-        here, there = getattr(ours.resolve(), name), getattr(theirs.resolve(), name)
-        if not _equal(here, there):
-            found.append(f"model.{name} is {here!r}, there {there!r}")
-    if found or ours.num_layers != theirs.num_layers:
+    """`model.field is A here, B there` for each field in which two models compute differently, or
+    `layer 3: field is A, there B` where only some layers do.
+    """
+    outer = GLOBAL_FIELDS - NOT_IN_FILES - {"layer_overrides"}
+    found = [
+        f"model.{name} is {here!r}, there {there!r}"
+        for name in _names(outer)
+        if not _equal(
+            here := getattr(ours.resolve(), name), there := getattr(theirs.resolve(), name)
+        )
+    ]
+    if ours.num_layers != theirs.num_layers:
         return found
-    for layer in range(ours.num_layers):
-        here, there = ours.layer(layer), theirs.layer(layer)
-        found += [
-            f"layer {layer}: {entry.name} is {getattr(here, entry.name)!r}, "
-            f"there {getattr(there, entry.name)!r}"
-            for entry in dataclasses.fields(ModelConfig)
-            if entry.name not in NOT_IN_FILES
-            and not _equal(getattr(here, entry.name), getattr(there, entry.name))
-        ]
+    layers = [(ours.layer(index), theirs.layer(index)) for index in range(ours.num_layers)]
+    for name in _names(LAYER_FIELDS - NOT_IN_FILES):
+        found += _differing_layers(name, layers)
     return found
+
+
+def _differing_layers(name: str, layers: list[tuple[ModelConfig, ModelConfig]]) -> list[str]:
+    values = [
+        (index, getattr(here, name), getattr(there, name))
+        for index, (here, there) in enumerate(layers)
+        if not (name == "d_ff" and here.feed_forward == there.feed_forward == "experts")
+    ]
+    differing = [(index, a, b) for index, a, b in values if not _equal(a, b)]
+    if len(differing) == len(layers):
+        _, here, there = differing[0]
+        return [f"model.{name} is {here!r}, there {there!r}"]
+    return [f"layer {index}: {name} is {a!r}, there {b!r}" for index, a, b in differing]
+
+
+def _names(fields: frozenset[str]) -> list[str]:
+    """Fields in the order of the dataclass."""
+    return [entry.name for entry in dataclasses.fields(ModelConfig) if entry.name in fields]
 
 
 def _equal(here: Any, there: Any) -> bool:
