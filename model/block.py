@@ -161,7 +161,7 @@ def _norms_after(config: ModelConfig) -> bool:
 
 
 def _norm(params: Mapping[str, Any], key: str, x: Array, config: ModelConfig) -> Array:
-    return norms.normalise(config.norm, params[key], x, config.norm_eps)
+    return norms.normalise(config.norm, params.get(key, {}), x, config.norm_eps)
 
 
 def _branch(y: Array, config: ModelConfig, context: Context, index: int) -> Array:

@@ -47,6 +47,7 @@ GLOBAL_FIELDS = frozenset(
         "final_norm",
         "final_norm_eps",
         "embedding_scale",
+        "position_scale",
         "logit_scale",
         "logit_soft_cap",
         "base_d_model",
@@ -73,7 +74,8 @@ class ModelConfig:
     mixer: what mixes over the length: "attention".
     feed_forward: "gated" or "plain".
     activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
-    norm: "rmsnorm", "rmsnorm_plus_one" (stored minus one), "layernorm" or "layernorm_nobias".
+    norm: "rmsnorm", "rmsnorm_plus_one" (stored minus one), "layernorm", "layernorm_nobias" or
+        "layernorm_noaffine" (without scale and bias).
     norm_eps: added to the variance.
     final_norm: a norm after the last layer.
     final_norm_eps: the same as norm_eps for the last norm; None is norm_eps.
@@ -111,7 +113,8 @@ class ModelConfig:
     head_norm: "none", or "row_normalised": each token's row of the head is divided by its length
         (Baichuan 2).
     embed_norm: a norm right after the embedding (BLOOM).
-    embedding_scale: multiplies the embeddings (Gemma: sqrt(d_model)).
+    embedding_scale: multiplies the token embeddings (Gemma: sqrt(d_model)).
+    position_scale: multiplies the learned positions (Cerebras' GPT-2 with muP).
     residual_scale: multiplies what each part adds to the residual stream (MiniCPM).
     logit_scale: multiplies the logits (muP: base_d_model / d_model).
     logit_soft_cap: bounds the logits by cap * tanh(z / cap); None is none.
@@ -167,6 +170,7 @@ class ModelConfig:
     head_norm: str = "none"
     embed_norm: bool = False
     embedding_scale: float = 1.0
+    position_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None

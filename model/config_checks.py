@@ -73,6 +73,11 @@ def check_combinations(config: ModelConfig) -> None:
             f"model.residual={config.residual!r} takes its norms before the parts: set "
             f"model.norm_position='pre' (it is {config.norm_position!r})"
         )
+    if config.norm == "layernorm_noaffine" and config.qk_norm != "none":
+        raise ValueError(
+            f"model.qk_norm={config.qk_norm!r} needs a norm with a scale of its own: "
+            "model.norm='layernorm_noaffine' has none"
+        )
     if config.alibi_scale <= 0.0:
         raise ValueError(f"model.alibi_scale is {config.alibi_scale}; it must be above 0")
     if config.positions == "rope":

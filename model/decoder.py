@@ -106,7 +106,7 @@ def hidden_states(
             caches[segment.name] = carry["cache"]
     if config.final_norm:
         eps = config.norm_eps if config.final_norm_eps is None else config.final_norm_eps
-        x = norms.normalise(config.norm, params["final_norm"], x, eps)
+        x = norms.normalise(config.norm, params.get("final_norm", {}), x, eps)
     merged = _concatenate(reports)
     if taps:
         merged["taps"] = taken
@@ -157,9 +157,10 @@ def _embed(
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.positions == "learned":
         ids = positions + config.position_offset
-        x = x + _rows(params["positions"], ids, runtime, "positions")
+        rows = _rows(params["positions"], ids, runtime, "positions")
+        x = x + rows * jnp.asarray(config.position_scale, x.dtype)
     if config.embed_norm:
-        x = norms.normalise(config.norm, params["embed_norm"], x, config.norm_eps)
+        x = norms.normalise(config.norm, params.get("embed_norm", {}), x, config.norm_eps)
     if rng is not None:
         x = dropout(x, config.dropout, jax.random.fold_in(rng, EMBEDDING_KEY))
     return constrain(x, ("batch", "length", "hidden"), runtime.layout)

@@ -21,12 +21,12 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def layer_norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
+def layer_norm(x: Array, scale: Array | float, bias: Array | None, eps: float) -> Array:
     """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis (Ba et al. 2016)."""
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    y = centred * inverse * scale.astype(jnp.float32)
+    y = centred * inverse * jnp.asarray(scale, jnp.float32)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -42,17 +42,24 @@ def _layer(params: Mapping[str, Array], x: Array, eps: float) -> Array:
     return layer_norm(x, params["scale"], params.get("bias"), eps)
 
 
+def _layer_alone(params: Mapping[str, Array], x: Array, eps: float) -> Array:
+    return layer_norm(x, 1.0, None, eps)
+
+
 NORMS: dict[str, Callable[[Mapping[str, Array], Array, float], Array]] = {
     "rmsnorm": _rms,
     "rmsnorm_plus_one": _rms_plus_one,
     "layernorm": _layer,
     "layernorm_nobias": _layer,
+    "layernorm_noaffine": _layer_alone,
 }
 """Name -> `norm(params, x, eps)`; "rmsnorm_plus_one" stores its scale minus one (Gemma)."""
 
 
 def arrays(name: str, size: int, axis: str | None = None) -> dict[str, ArraySpec]:
     """The arrays of the norm `name` over `size` channels, which are split as the logical `axis`."""
+    if name == "layernorm_noaffine":
+        return {}
     scale = vector(size, axis, init="zeros" if name == "rmsnorm_plus_one" else "ones")
     return {"scale": scale, "bias": vector(size, axis)} if name == "layernorm" else {"scale": scale}
 
@@ -63,5 +70,5 @@ def without_bias(name: str) -> str:
 
 
 def normalise(name: str, params: Mapping[str, Array], x: Array, eps: float) -> Array:
-    """The norm `name` of `x [..., channels]`."""
+    """The norm `name` of `x [..., channels]`; `params` is empty for the one without arrays."""
     return NORMS[name](params, x, eps)
