@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.families.family import Family, config_to_hf
 from model.families.keys import FamilyError
 from model.families.plan import Source, names, output_axis, packed_shape, sources, their_shapes
-from model.families.registry import FAMILIES
+from model.families.registry import FAMILIES, by_config
 from model.families.writer import write_weights
 from sharding import Layout
 from weights import dequantize, flatten, is_format, nearest
@@ -67,7 +67,7 @@ def export_checkpoint(
     )
     chosen, values = describe_as(checkpoint.config, family, base)
     tensors = list(_tensors(chosen, checkpoint.config, checkpoint.params, dtype))
-    values["torch_dtype"] = _common_dtype(tensors)
+    values = {**special_ids(checkpoint.files), **values, "torch_dtype": _common_dtype(tensors)}
     values.pop("dtype", None)
     folder = Path(to).absolute()
     if jax.process_index() != 0:
@@ -94,11 +94,11 @@ def describe_as(
         close = nearest(family, FAMILIES) or ", ".join(FAMILIES)
         raise FamilyError(f"family {family!r} is unknown; nearest: {close}")
     if family is None and base is not None:
-        kinds = (name for name, f in FAMILIES.items() if base.get("model_type") in f.model_types)
-        family = next(kinds, None)
+        named = by_config(base)
+        family = None if named is None else named.name
     if family is not None:
-        ours = FAMILIES[family]
-        known = base if base and base.get("model_type") in ours.model_types else None
+        ours = FAMILIES[FAMILIES[family].written_as or family]
+        known = base if base and by_config(base) is ours else None
         return ours, config_to_hf(ours, config, known)
     reasons = []
     for name, candidate in FAMILIES.items():
@@ -200,6 +200,20 @@ def _watched(tensors: list[Entry], progress: Progress | None) -> Iterator[Entry]
     for name, shape, dtype, make in tensors:
         size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
         yield name, shape, dtype, functools.partial(watch, name, size, make)
+
+
+def special_ids(files: Mapping[str, bytes]) -> dict[str, int | None]:
+    """`bos_token_id` and `eos_token_id` of the tokenizer files; without a tokenizer they are null,
+    since an absent key would mean the family's own default.
+    """
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    added = json.loads(files.get("tokenizer.json", b"{}")).get("added_tokens", ())
+    ids = {token["content"]: token["id"] for token in added}
+    found = {}
+    for name in ("bos_token", "eos_token"):
+        text = settings.get(name)
+        found[f"{name}_id"] = ids.get(text["content"] if isinstance(text, dict) else text)
+    return found
 
 
 def _small_files(checkpoint: Checkpoint, values: dict[str, Any]) -> dict[str, bytes]:

@@ -15,13 +15,18 @@ from model.families.gpt2 import GPT2
 from model.families.gpt_neo import GPT_NEO
 from model.families.gpt_neox import GPT_NEOX
 from model.families.gptj import GPTJ
+from model.families.jetmoe import JETMOE
 from model.families.keys import FamilyError
 from model.families.llama import LLAMA
 from model.families.mistral import MISTRAL
+from model.families.mixtral import MIXTRAL
 from model.families.olmo2 import OLMO2
+from model.families.olmoe import OLMOE
 from model.families.opt import OPT
 from model.families.qwen2 import QWEN2
+from model.families.qwen2_moe import QWEN2_MOE
 from model.families.qwen3 import QWEN3
+from model.families.qwen3_moe import QWEN3_MOE
 from weights import nearest
 
 FAMILIES: dict[str, Family] = {
@@ -30,6 +35,11 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "olmo2": OLMO2,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+    "olmoe": OLMOE,
+    "jetmoe": JETMOE,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
