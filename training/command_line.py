@@ -35,6 +35,7 @@ usage: train.py --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]
        train.py --replay=RUN --to-step=N [--workdir=DIR]
 
   --config=FILE        a recipe of configs/; every field below can be changed by a flag of its own
+                       (FILE:TEXT hands TEXT to a recipe that takes one)
   --workdir=DIR        the run's folder (default: runs/NAME); a run that stands there is resumed
   --replay=RUN         run again what the folder RUN recorded and compare parameters on the way
   --to-step=N          stop the replay after this step

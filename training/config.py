@@ -197,8 +197,12 @@ def run_config(values: ConfigDict | dict[str, Any]) -> RunConfig:
 
 
 def load_config(path: str | Path) -> ConfigDict:
-    """What `get_config()` of a config file returns; raises `ConfigError` if it is no config."""
-    path = Path(path)
+    """What `get_config()` of a config file returns; raises `ConfigError` if it is no config.
+
+    `FILE.py:TEXT` calls `get_config(TEXT)`, for recipes that stand on a folder or a size.
+    """
+    name, _, argument = str(path).partition(".py:")
+    path = Path(f"{name}.py") if argument else Path(path)
     if not path.is_file():
         known = (
             [str(found) for found in sorted(path.parent.glob("*.py"))]
@@ -213,8 +217,8 @@ def load_config(path: str | Path) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
-    except (AttributeError, KeyError) as error:
+        return module.get_config(*filter(None, [argument]))
+    except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"--config={path}: {error}") from error
 
 

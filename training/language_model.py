@@ -16,6 +16,8 @@ import numpy as np
 
 from data import DataConfig, Dataset, build, check_resume
 from model import ModelConfig, Runtime, Sampling, count_parameters, generate, init, rules
+from model.checkpoint import read_model
+from model.checkpoint_folder import locate, read_files
 from sharding import Layout, check_heads
 from training.config import ConfigError, RunConfig
 from training.decoders import decoder
@@ -94,10 +96,22 @@ def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | No
         unit="tokens",
         flops_per_token=flops_per_token(model, data.length),
         model=model,
-        files=dataset.tokenizer.files(),
+        files={**start_files(config.train.start_from), **dataset.tokenizer.files()},
         manifest=dataset.manifest(),
         check_data=check_resume,
     )
+
+
+def start_files(folder: str) -> dict[str, bytes]:
+    """The files that travel with the model that a run begins with, if it begins with one.
+
+    The run's own tokenizer files stand before them; what is left is the chat template, the
+    generation defaults and the config.json that an export writes upon.
+    """
+    if not folder:
+        return {}
+    found = locate(folder)
+    return read_files(found, read_model(found)[2])
 
 
 def scan_unroll(setting: int, layers: int) -> int:

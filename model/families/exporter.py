@@ -158,13 +158,16 @@ def _gather(source: Source, array: Any, index: int, dtype: Any) -> np.ndarray:
     everywhere, sharding = None, getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    take = _take(source.tensor.transposed, jnp.dtype(dtype), everywhere)
+    heads = (source.experts, *source.shape) if source.tensor.by_head else None
+    take = _take(source.tensor.transposed, heads, jnp.dtype(dtype), everywhere)
     return np.asarray(take(array, tuple(map(jnp.int32, at))))
 
 
 @functools.lru_cache(maxsize=256)
-def _take(turn: bool, dtype: Any, sharding: Any) -> Callable[..., jax.Array]:
+def _take(turn: bool, heads: Any, dtype: Any, sharding: Any) -> Callable[..., jax.Array]:
     def take(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+        if heads is not None:
+            array = array.reshape(len(array), *heads)
         for place in at:
             array = array[place]
         return (jnp.swapaxes(array, -1, -2) if turn else array).astype(dtype)
