@@ -24,13 +24,16 @@ LENGTH = 12
 TOLERANCE = 1e-4
 
 
-def random_model(config, seed=0):
-    """A transformers model whose every parameter is away from its initial value."""
+def random_model(config, seed=0, attention="eager"):
+    """A transformers model whose every parameter is away from its initial value.
+
+    `attention` is the implementation that it takes.
+    """
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -136,7 +139,9 @@ def check_export(folder, found, exported, model):
     export_checkpoint(found, exported)
     assert tensors_of(exported) == tensors_of(folder)
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-        exported, output_loading_info=True, attn_implementation="eager"
+        exported,
+        output_loading_info=True,
+        attn_implementation=model.config._attn_implementation,
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -145,9 +150,9 @@ def check_export(folder, found, exported, model):
     np.testing.assert_array_equal(their_logits(loaded.eval(), tokens), their_logits(model, tokens))
 
 
-def check_family(config, tmp_path, *, length=LENGTH, generation=True):
+def check_family(config, tmp_path, *, length=LENGTH, generation=True, attention="eager"):
     """Import, forward, cache, generation, export and the config of one transformers config."""
-    model = random_model(config)
+    model = random_model(config, attention=attention)
     folder = tmp_path / "theirs"
     model.save_pretrained(folder)
     found = import_checkpoint(folder)

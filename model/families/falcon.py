@@ -86,6 +86,13 @@ def positions() -> Keys:
     return Keys(("alibi",), read, lambda config: {"alibi": config.positions == "alibi"})
 
 
+def own_name() -> Keys:
+    """Old files are called RefinedWeb and bring code of their own; all are written as Falcon."""
+    names = ("model_type", "architectures", "auto_map")
+    words = {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
+    return Keys(names, lambda values: {}, lambda config: words)
+
+
 def _two_norms(config: ModelConfig) -> bool:
     return config.residual == "parallel_two_norms"
 
@@ -100,6 +107,7 @@ FALCON = Family(
     architecture="FalconForCausalLM",
     fixed={"feed_forward": "plain", "norm": "layernorm"},
     keys=(
+        own_name(),
         key("vocab_size", "vocab_size", 65024),
         WIDTH,
         LAYERS,
