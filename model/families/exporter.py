@@ -21,8 +21,17 @@ from model.checkpoint import Checkpoint, load
 from model.config import ModelConfig
 from model.families.family import Family, config_to_hf
 from model.families.keys import FamilyError
-from model.families.plan import Source, names, output_axis, packed_shape, sources, their_shapes
+from model.families.plan import (
+    Source,
+    names,
+    output_axis,
+    packed_shape,
+    sources,
+    their_order,
+    their_shapes,
+)
 from model.families.registry import FAMILIES, by_config
+from model.families.tensors import copy_turned
 from model.families.writer import write_weights
 from sharding import Layout
 from weights import dequantize, flatten, is_format, nearest
@@ -135,19 +144,23 @@ def _tensors(family: Family, config: ModelConfig, params: Any, dtype: Any) -> It
 
 def _value(parts: list[Source], held: list[Any], index: int, dtype: Any) -> np.ndarray:
     """One tensor of theirs on the host."""
-    values = [_gather(part, array, index, dtype) for part, array in zip(parts, held, strict=True)]
-    if parts[0].rows is None:
-        return values[0]
-    axis = output_axis(parts[0].tensor)
-    packed = np.empty(packed_shape(parts), values[0].dtype)
-    turned = np.moveaxis(packed, axis, 0)
-    for part, value in zip(parts, values, strict=True):
-        turned[part.rows] = np.moveaxis(value, axis, 0)
+    tensor = parts[0].tensor
+    packed = np.empty(packed_shape(parts), dtype)
+    for part, array in zip(parts, held, strict=True):
+        value = _gather(part, array, index, dtype)
+        if part.rows is None:
+            copy_turned(packed, value, tensor.transposed)
+            continue
+        turned = np.empty(their_order(tensor, value.shape), dtype)
+        copy_turned(turned, value, tensor.transposed)
+        at: list[Any] = [slice(None)] * packed.ndim
+        at[output_axis(tensor)] = part.rows
+        packed[tuple(at)] = turned
     return packed
 
 
 def _gather(source: Source, array: Any, index: int, dtype: Any) -> np.ndarray:
-    """One layer's (and expert's) array in their orientation, from wherever its pieces are."""
+    """One layer's (and expert's) array of ours on the host, from wherever its pieces are."""
     layer, expert = divmod(index, source.experts or 1)
     at: tuple[int, ...] = () if source.segment is None else (layer,)
     if is_format(array):
@@ -155,24 +168,29 @@ def _gather(source: Source, array: Any, index: int, dtype: Any) -> np.ndarray:
         at = ()
     if source.experts is not None:
         at = (*at, expert)
-    everywhere, sharding = None, getattr(array, "sharding", None)
+    heads = (source.experts, *source.shape) if source.tensor.by_head else None
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) and jax.default_backend() == "cpu":
+        return _pick(np.asarray(array), at, heads).astype(dtype, copy=False)
+    everywhere = None
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    heads = (source.experts, *source.shape) if source.tensor.by_head else None
-    take = _take(source.tensor.transposed, heads, jnp.dtype(dtype), everywhere)
+    take = _take(heads, jnp.dtype(dtype), everywhere)
     return np.asarray(take(array, tuple(map(jnp.int32, at))))
 
 
 @functools.lru_cache(maxsize=256)
-def _take(turn: bool, heads: Any, dtype: Any, sharding: Any) -> Callable[..., jax.Array]:
-    def take(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-        if heads is not None:
-            array = array.reshape(len(array), *heads)
-        for place in at:
-            array = array[place]
-        return (jnp.swapaxes(array, -1, -2) if turn else array).astype(dtype)
+def _take(heads: Any, dtype: Any, sharding: Any) -> Callable[..., jax.Array]:
+    return jax.jit(lambda array, at: _pick(array, at, heads).astype(dtype), out_shardings=sharding)
 
-    return jax.jit(take, out_shardings=sharding)
+
+def _pick(array: Any, at: tuple[Any, ...], heads: tuple[int | None, ...] | None) -> Any:
+    """`array[at]`, of an array whose channels are cut into heads if `heads` is given."""
+    if heads is not None:
+        array = array.reshape(len(array), *heads)
+    for place in at:
+        array = array[place]
+    return array
 
 
 def _dtype(weight: Any) -> Any:

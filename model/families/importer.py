@@ -36,7 +36,7 @@ from model.families.plan import (
 )
 from model.families.reader import WeightFiles, open_weights
 from model.families.registry import find
-from model.families.tensors import Tensor
+from model.families.tensors import Tensor, copy_turned
 from model.parameters import rules
 from sharding import Layout, partition
 from weights import from_flat
@@ -46,9 +46,6 @@ Progress = Callable[[int, int, str], None]
 
 CHUNK = 512
 """Rows that are read at a time where they have to be turned or picked out."""
-
-STRIP = 16
-"""Rows that are turned at a time: a strip of columns of ours, of one or two cache lines a row."""
 
 CARRIED = (
     "config.json",
@@ -179,7 +176,7 @@ def _fill(
     shards = _expert_shards(sharding, source)
     each = (source.experts or 1) // shards
     shape = source.shape if source.experts is None else (shards, *source.shape)
-    inner = _without_layers(sharding)
+    inner = _without_layers(sharding, source)
     put = _put(sharding, None if source.experts is None else (shards, each))
     for layer, expert in itertools.product(range(leaf.shape[0]), range(each)):
 
@@ -189,7 +186,8 @@ def _fill(
             shard = index[0].indices(shards)[0]
             return read(layer, shard * each + expert, index[1:])[None]
 
-        array = put(array, _place(shape, inner, piece), np.int32(layer), np.int32(expert))
+        raw = _place(shape, inner, piece)
+        array = put(jax.block_until_ready(array), raw, np.int32(layer), np.int32(expert))
         yield array, (layer * each + expert + 1) / (leaf.shape[0] * each)
 
 
@@ -223,7 +221,7 @@ def _read(
 ) -> np.ndarray:
     """A piece `index` of one layer's array of ours, packed rows taken and turned if need be."""
     start = 0 if source.segment is None else source.segment.start
-    name = stored[source.tensor.theirs.format(layer=start + layer, expert=expert)]
+    name = stored[source.name(start + layer, expert)]
     if source.rows is None and not source.tensor.transposed:
         return files.read(name, index)
     columns = np.arange(source.shape[-1])[index[-1]]
@@ -233,7 +231,7 @@ def _read(
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
         block = _rows(files, name, source.tensor, chunk, index)
-        _copy(piece[..., first : first + len(chunk)], block, source.tensor.transposed)
+        copy_turned(piece[..., first : first + len(chunk)], block, source.tensor.transposed)
     return piece
 
 
@@ -246,18 +244,6 @@ def _rows(
     if high - low == len(rows):
         return block
     return np.take(block, rows - low, axis=output_axis(tensor))
-
-
-def _copy(ours: np.ndarray, theirs: np.ndarray, turn: bool) -> None:
-    """Copy a block, turned if its tensor is; a few rows at a time, so that both stay in cache."""
-    bits = np.dtype(f"u{ours.itemsize}")  # NumPy copies bfloat16 number by number
-    ours, theirs = ours.view(bits), theirs.view(bits)
-    if not turn:
-        ours[...] = theirs
-        return
-    for first in range(0, theirs.shape[-2], STRIP):
-        strip = theirs[..., first : first + STRIP, :]
-        ours[..., first : first + STRIP] = np.swapaxes(strip, -1, -2)
 
 
 @functools.lru_cache(maxsize=256)
@@ -279,7 +265,7 @@ def _put(sharding: Sharding, experts: tuple[int, int] | None) -> Callable[..., A
 
     def put(stack: jax.Array, raw: jax.Array, layer: jax.Array, expert: jax.Array) -> jax.Array:
         value = raw.astype(stack.dtype)[None]
-        split = stack.shape if experts is None else (len(stack), *experts, *stack.shape[2:])
+        split = stack.shape if experts is None else (len(stack), *experts, *raw.shape[1:])
         at = (layer,) if experts is None else (layer, 0, expert)
         value = value if experts is None else value[:, :, None]
         # As plain bits, since on a CPU XLA would convert a whole bfloat16 stack for each update.
@@ -306,24 +292,25 @@ def flatten_shardings(tree: Any) -> dict[str, Sharding]:
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def _without_layers(sharding: Sharding) -> Sharding:
-    """The sharding of one layer of a stack."""
+def _without_layers(sharding: Sharding, source: Source) -> Sharding:
+    """The sharding of one layer of a stack; single heads are small and go everywhere."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    rest = () if source.tensor.by_head else sharding.spec[1:]
+    return NamedSharding(sharding.mesh, PartitionSpec(*rest))
 
 
 def _expert_shards(sharding: Sharding, source: Source) -> int:
-    if source.experts is None or not isinstance(sharding, NamedSharding):
+    if not source.tensor.by_expert or not isinstance(sharding, NamedSharding):
         return 1
+    assert source.experts is not None
     local = sharding.shard_shape((1, source.experts, *source.shape))[1]
     return source.experts // local
 
 
 def _stacked_shape(source: Source) -> tuple[int, ...]:
     layers = () if source.segment is None else (len(source.segment),)
-    experts = () if source.experts is None else (source.experts,)
-    return (*layers, *experts, *source.shape)
+    return (*layers, *source.whole)
 
 
 def _check_tied(

@@ -29,17 +29,23 @@ class Source:
     path: our path, the segment in it (`layers/000-006/attention/query/kernel`).
     tensor: their tensor.
     rows: rows of it along its output axis that are ours, None for all.
-    shape: shape of one layer's array (and one expert's, if theirs come one by one).
+    whole: shape of one layer's array.
+    shape: the same of one expert or head, if theirs come one by one.
     segment: layers that the array is stacked over, None outside the layers.
-    experts: number of experts that are separate tensors of theirs, None if not.
+    experts: number of experts (or heads) that are separate tensors of theirs, None if not.
     """
 
     path: str
     tensor: Tensor
     rows: np.ndarray | None
+    whole: Shape
     shape: Shape
     segment: Segment | None
     experts: int | None
+
+    def name(self, layer: int, expert: int) -> str:
+        """Their name for the array of a layer, counted in the model, and an expert or head."""
+        return self.tensor.theirs.format(layer=layer, expert=expert, head=expert)
 
 
 def sources(family: Family, config: ModelConfig) -> list[Source]:
@@ -56,21 +62,16 @@ def sources(family: Family, config: ModelConfig) -> list[Source]:
                 raise FamilyError(f"family {family.name!r} has no tensor for {path} of this model")
             tensor = owners[path]
             full = _full_path(path, segment)
-            experts = shape[0] if tensor.by_expert else None
-            inner = shape[1:] if tensor.by_expert else shape
+            experts, inner = _pieces(tensor, shape, layer)
             rows = _rows(tensor, path, layer, shapes)
-            found.append(Source(full, tensor, rows, inner, segment, experts))
+            found.append(Source(full, tensor, rows, shape, inner, segment, experts))
     return found
 
 
 def names(source: Source) -> list[str]:
     """Their names for an array: one, one a layer, or one for each expert of each layer."""
     layers = [0] if source.segment is None else range(source.segment.start, source.segment.stop)
-    return [
-        source.tensor.theirs.format(layer=layer, expert=expert)
-        for layer in layers
-        for expert in range(source.experts or 1)
-    ]
+    return [source.name(layer, expert) for layer in layers for expert in range(source.experts or 1)]
 
 
 def their_shapes(family: Family, config: ModelConfig) -> dict[str, Shape]:
@@ -180,6 +181,16 @@ def _owners(family: Family, shapes: Mapping[str, Shape], layer: ModelConfig) -> 
                 )
             owners[path] = tensor
     return owners
+
+
+def _pieces(tensor: Tensor, shape: Shape, layer: ModelConfig) -> tuple[int | None, Shape]:
+    """How many tensors of theirs hold an array of ours, None if it is in one; shape in each."""
+    if tensor.by_expert:
+        return shape[0], shape[1:]
+    if tensor.by_head:
+        assert layer.head_dim is not None
+        return shape[0] // layer.head_dim, (layer.head_dim,)
+    return None, shape
 
 
 def _rows(

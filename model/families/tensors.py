@@ -5,8 +5,8 @@ in]`, and how the outputs of several arrays are packed in it. A packing is nothi
 part p of a packed tensor is its rows `rows[p]`. So the import takes rows, the export puts them
 back, and one test (the rows of all parts are a permutation) holds both.
 
-Names may hold `{layer}` and `{expert}`; paths are those of the params tree without the segment:
-`layers/attention/query/kernel`.
+Names may hold `{layer}`, `{expert}` and `{head}`; paths are those of the params tree without the
+segment: `layers/attention/query/kernel`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Packing = Callable[[ModelConfig, Sequence[int]], tuple[np.ndarray, ...]]
 class Tensor:
     """One of their tensors and what it holds of ours.
 
-    theirs: its name; `{layer}` and `{expert}` stand for numbers.
+    theirs: its name; `{layer}`, `{expert}` and `{head}` stand for numbers.
     ours: paths of our arrays in it, in the order in which the packing counts them.
     transposed: stored `[..., out, in]`, where ours is `[..., in, out]`.
     packing: rows of each part along their output axis; None for a single array.
@@ -48,6 +48,11 @@ class Tensor:
     def by_expert(self) -> bool:
         """Whether there is one of it for each expert (ours is stacked on its first axis)."""
         return "{expert}" in self.theirs
+
+    @property
+    def by_head(self) -> bool:
+        """Whether there is one of it for each head (ours is all of them in a row)."""
+        return "{head}" in self.theirs
 
 
 def linear(
@@ -112,3 +117,19 @@ def present(
         if all(path in paths for path in tensor.ours)
         and (tensor.when is None or tensor.when(layer))
     )
+
+
+STRIP = 16
+"""Rows that are turned at a time: strips of one or two cache lines at the other end."""
+
+
+def copy_turned(into: np.ndarray, value: np.ndarray, turn: bool) -> None:
+    """Copy a block, its last two axes exchanged if `turn`; strip by strip, to stay in the cache."""
+    bits = np.dtype(f"u{into.itemsize}")  # NumPy copies bfloat16 number by number
+    into, value = into.view(bits), value.view(bits)
+    if not turn:
+        into[...] = value
+        return
+    for first in range(0, value.shape[-2], STRIP):
+        strip = value[..., first : first + STRIP, :]
+        into[..., first : first + STRIP] = np.swapaxes(strip, -1, -2)
