@@ -116,17 +116,21 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.RevisionNotFoundError as error:
         raise WeightFilesError(f"{where}: the repository has no such revision") from error
     except errors.HFValidationError as error:
-        raise WeightFilesError(f"{where}: not the name of a repository ({error})") from error
+        raise WeightFilesError(f"{where}: not the name of a repository ({_line(error)})") from error
     except errors.LocalEntryNotFoundError as error:
         raise WeightFilesError(
-            f"{where}: the hub cannot be reached, and not all of it is in the cache ({error}); "
-            "connect, unset HF_HUB_OFFLINE, or give a folder that holds the files"
+            f"{where}: the hub cannot be reached, and not all of it is in the cache "
+            f"({_line(error)}); connect, unset HF_HUB_OFFLINE, or give a folder with the files"
         ) from error
     except Exception as error:
         raise WeightFilesError(
-            f"{where}: the download failed ({type(error).__name__}: {error}); what arrived is "
-            "kept, so run it again"
+            f"{where}: the download failed ({type(error).__name__}: {_line(error)}); what "
+            "arrived is kept, so run it again"
         ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _library() -> Any:

@@ -22,7 +22,6 @@ from model.families.stored import (
     contiguous,
     refuse_pointer,
 )
-from weights import nearest
 
 METADATA = "__metadata__"
 LONGEST_HEADER = 100_000_000
@@ -112,10 +111,8 @@ def _info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
             f"data_offsets; {AGAIN}"
         ) from None
     if not isinstance(kind, str) or kind not in DTYPES:
-        close = nearest(str(kind), DTYPES) or ", ".join(DTYPES)
         raise WeightFilesError(
-            f"{path}: {name} has dtype {kind!r}, which is not supported (near: {close}); convert "
-            "it to one of those"
+            f"{path}: {name} has dtype {kind!r}, wanted one of {', '.join(DTYPES)}; convert it"
         )
     info = contiguous(shape, DTYPES[kind], path, data + begin)
     if end - begin != info.nbytes:

@@ -8,7 +8,9 @@ only note where each tensor lies; any other name is refused, so no code of the f
 from __future__ import annotations
 
 import collections
+import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,6 +110,17 @@ def read_pickle(path: Path) -> dict[str, TensorInfo]:
             ) from error
 
 
+def _unpickle(file: IO[bytes], path: Path) -> Any:
+    """The next object of a stream, looked through first for what would ask for endless memory."""
+    start = file.tell()
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        slot = argument if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else None
+        if opcode.name == "BYTEARRAY8" or (slot or 0) > number:
+            raise ValueError(f"{opcode.name} {argument}")
+    file.seek(start)
+    return _Unpickler(file, path).load()
+
+
 def _known() -> dict[str, Any]:
     """Stand-ins by name, made anew for each file, whose pickle may set attributes of them."""
 
@@ -147,8 +160,7 @@ def _zip(file: IO[bytes], path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         order = f"{root}byteorder"
         if order in entries and archive.read(order) != b"little":
             raise ValueError("its numbers are big-endian")
-        with archive.open(pickled) as stream:
-            state = _Unpickler(stream, path).load()
+        state = _unpickle(io.BytesIO(archive.read(pickled)), path)
     folder = f"{root}data/"
     return state, {
         name.removeprefix(folder): (_start(file, entry), entry.file_size)
@@ -167,19 +179,22 @@ def _start(file: IO[bytes], entry: zipfile.ZipInfo) -> int:
 
 def _legacy(file: IO[bytes], path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The same of a file from before torch 1.6: five pickles, then each storage after its count."""
-    if _Unpickler(file, path).load() != LEGACY_MAGIC:
+    if _unpickle(file, path) != LEGACY_MAGIC:
         raise ValueError("it does not begin as torch's files do")
-    version, system = _Unpickler(file, path).load(), _Unpickler(file, path).load()
+    version, system = _unpickle(file, path), _unpickle(file, path)
     if version != LEGACY_VERSION or not system["little_endian"]:
         raise ValueError(f"version {version}, {system}")
-    state, keys = _Unpickler(file, path).load(), _Unpickler(file, path).load()
+    state, keys = _unpickle(file, path), _unpickle(file, path)
     _check_state(path, state)
     widths = {tensor.storage.key: _width(tensor.storage) for tensor in state.values()}
     storages = {}
     for key in keys:
-        count, start = int.from_bytes(file.read(8), "little"), file.tell()
-        storages[key] = start, count * widths[key]
-        file.seek(start + count * widths[key])
+        count = file.read(8)
+        if len(count) < 8:
+            raise ValueError("it ends before its last storage")
+        start, nbytes = file.tell(), int.from_bytes(count, "little") * widths[key]
+        storages[key] = start, nbytes
+        file.seek(start + nbytes)
     return state, storages
 
 
