@@ -20,7 +20,7 @@ from model import norms
 from model.arrays import ArraySpec, Part
 from model.config import ModelConfig
 from model.context import Context
-from model.feed_forward import FEED_FORWARDS
+from model.feed_forwards import FEED_FORWARDS
 from model.mixers import MIXERS
 from sharding import constrain
 from weights import nearest

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from model.config_checks import check_combinations, check_name, check_overrides, check_sizes
-from model.feed_forward import ACTIVATIONS, FEED_FORWARDS
+from model.feed_forward import ACTIVATIONS
+from model.feed_forwards import FEED_FORWARDS
 from model.mixers import MIXERS
 from model.moe.checks import check_experts
 from model.norms import NORMS
@@ -71,8 +72,9 @@ class ModelConfig:
     d_embed: width of the token table, with a projection to d_model and one back before the head
         (OPT-350m); None is d_model without projections.
     max_length: longest sequence, in tokens; a hard bound with learned positions only.
-    mixer: what mixes over the length: "attention".
-    feed_forward: "gated" or "plain".
+    mixer: what mixes over the length: "attention", or "attention_experts", a mixture of attention
+        heads (JetMoE).
+    feed_forward: "gated", "plain", or "experts", a mixture of gated ones.
     activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
     norm: "rmsnorm", "rmsnorm_plus_one" (stored minus one), "layernorm", "layernorm_nobias" or
         "layernorm_noaffine" (without scale and bias).

@@ -41,7 +41,7 @@ def test_opt(options, tmp_path):
 
 
 def test_positions_follow_from_the_mask(tmp_path):
-    """OPT counts real tokens itself: without position_ids, a left-padded row is the same to both."""
+    """OPT counts real tokens itself: left-padded rows are the same to both without position_ids."""
     model = random_model(transformers.OPTConfig(**SIZES))
     model.save_pretrained(tmp_path)
     found = import_checkpoint(tmp_path)

@@ -33,7 +33,12 @@ GPT_NEOX = Family(
             True,
             names={True: "parallel_two_norms", False: "sequential"},
         ),
-        rope(partial=0.25, base_name="rotary_emb_base", partial_name="rotary_pct"),
+        rope(
+            partial=0.25,
+            default_sizes=(6144, 64),
+            base_name="rotary_emb_base",
+            partial_name="rotary_pct",
+        ),
     ),
     tensors=(
         *table("gpt_neox.embed_in", "embed"),
