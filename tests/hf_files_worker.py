@@ -1,4 +1,4 @@
-"""Processes of test_hf_files: a hub on the loopback, a user of it, and a writer that is killed."""
+"""Processes of the weight file tests: a hub on the loopback, its user, a writer that is killed."""
 
 from __future__ import annotations
 

@@ -5,55 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tracemalloc
-import zipfile
-from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weight_folders import ENVIRONMENT, INDEX, PIPES, ROOT, WORKER, array, check, same, write
 
 from model.families.reader import WeightFilesError, open_weights
 from model.families.stored import DTYPES
 from model.families.writer import write_weights
 
-ROOT = Path(__file__).parents[1]
-WORKER = [sys.executable, str(ROOT / "tests" / "hf_files_worker.py")]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-PIPES: dict[str, Any] = {"capture_output": True, "text": True}
 SHARD = "model-00001-of-00002.safetensors"
 OTHER = "model-00002-of-00002.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-def array(shape, dtype, seed=0):
-    """Random bytes, so every bit pattern that a dtype has, those of NaN included."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-    return (raw % 2 if dtype == np.dtype(bool) else raw).view(dtype).reshape(shape)
-
-
-def write(folder, arrays, **options):
-    entries = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()]
-    write_weights(folder, entries, **options)
-
-
-def same(found, wanted):
-    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-    assert found.tobytes() == wanted.tobytes()
-
-
-def check(folder, arrays, **options):
-    with open_weights(folder, **options) as files:
-        assert files.tensors.keys() == arrays.keys()
-        for name, wanted in arrays.items():
-            same(files.read(name), wanted)
 
 
 NAMES = st.text(min_size=1, max_size=8).filter(
@@ -329,115 +297,6 @@ def test_a_damaged_file_is_refused_or_read_within_its_bounds(tmp_path_factory, p
         assert all(files.read(name).nbytes < len(content) for name in files.tensors)
 
 
-class Runs:
-    """Pickles to a call of any function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def as_zip(path, value):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
-
-
-def as_stream(path, value):
-    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, value, [])
-    path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in parts))
-
-
-@pytest.mark.parametrize("put", [as_zip, as_stream])
-@pytest.mark.parametrize(
-    ("function", "arguments", "name"),
-    [
-        (os.system, "touch {}", r"(posix|nt)\.system"),
-        (eval, "open({!r}, 'w')", r"(builtins|__builtin__)\.eval"),
-        (os.mkdir, "{}", r"(posix|nt)\.mkdir"),
-    ],
-)
-def test_a_pickle_is_refused_and_its_code_never_runs(tmp_path, put, function, arguments, name):
-    marker, path = tmp_path / "ran", tmp_path / "pytorch_model.bin"
-    put(path, {"a": Runs(function, arguments.format(str(marker)))})
-    with pytest.raises(WeightFilesError, match=r"are pickles .*--allow-pickle"):
-        open_weights(tmp_path)
-    with pytest.raises(WeightFilesError, match=rf"its pickle asks for {name}"):
-        open_weights(tmp_path, allow_pickle=True)
-    assert not marker.exists()
-    put(path, {"a": 3})
-    with pytest.raises(WeightFilesError, match=r"pytorch_model.bin: 'a' is a int, not a tensor"):
-        open_weights(tmp_path, allow_pickle=True)
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(WeightFilesError, match="cut short, corrupt or not written by torch"):
-        open_weights(tmp_path, allow_pickle=True)
-
-
-def torch_state(torch):
-    shared = torch.randn(5, 7).to(torch.bfloat16)
-    return {
-        "shared": shared,
-        "tied": shared,
-        "turned": torch.randn(3, 4).t(),
-        "strided": torch.arange(10)[2:8:2],
-        "expanded": torch.ones(1).expand(3),
-        "scalar": torch.tensor(3.5, dtype=torch.float64),
-        "empty": torch.zeros(0, 4),
-        "float8": torch.randn(6, 2).to(torch.float8_e4m3fn),
-        "unsigned": torch.arange(4).to(torch.uint16),
-        "parameter": torch.nn.Parameter(torch.randn(2, 3)),
-        "mask": torch.tensor([True, False]),
-    }
-
-
-def numpy_of(torch, tensor):
-    dtype = np.dtype(getattr(ml_dtypes, str(tensor.dtype)[6:], str(tensor.dtype)[6:]))
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return raw.view(dtype).reshape(tensor.shape)
-
-
-@pytest.mark.interop
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_pickles_of_torch_are_read_without_torch_and_their_shards_too(tmp_path, zipped, protocol):
-    torch = pytest.importorskip("torch")
-    state = torch_state(torch)
-    arrays = {name: numpy_of(torch, tensor) for name, tensor in state.items()}
-    options = {"_use_new_zipfile_serialization": zipped, "pickle_protocol": protocol}
-    path = tmp_path / "pytorch_model.bin"
-    torch.save(state, path, **options)
-    check(tmp_path, arrays, allow_pickle=True)
-    with open_weights(tmp_path, allow_pickle=True) as files:
-        same(files.read("turned", (slice(1, 3), slice(0, 2))), arrays["turned"][1:3, :2])
-    whole = path.read_bytes()
-    for end in range(len(whole) - 1, 0, -len(whole) // 40):
-        path.write_bytes(whole[:end])
-        with pytest.raises(WeightFilesError, match=r"pytorch_model\.bin"):
-            open_weights(tmp_path, allow_pickle=True)
-    path.unlink()
-    names = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
-    for name, file in names.items():
-        torch.save({name: torch.ones(3)}, tmp_path / file, **options)
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
-    check(tmp_path, dict.fromkeys(names, np.ones(3, np.float32)), allow_pickle=True)
-
-
-@pytest.mark.interop
-def test_what_a_pickle_holds_beside_plain_tensors_is_named(tmp_path):
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "pytorch_model.bin"
-    for value, message in (
-        ({"model": {"a": torch.ones(2)}}, "'model' is a dict, not a tensor"),
-        ([torch.ones(2)], "holds a list, not tensors by name"),
-        ({"a": torch.ones(2, 2).to_sparse()}, r"asks for torch._utils._rebuild_sparse_tensor"),
-        (torch.nn.Linear(2, 2), r"asks for torch.nn.modules.linear.Linear"),
-    ):
-        torch.save(value, path)
-        with pytest.raises(WeightFilesError, match=message):
-            open_weights(tmp_path, allow_pickle=True)
-
-
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     ones = np.ones((2, 3), np.float32)
 
@@ -480,49 +339,6 @@ def test_a_kill_at_any_moment_of_writing_leaves_nothing_that_is_taken_for_whole(
     assert whole == [moments - 2, moments - 1, moments]  # all but the index renamed, or all
 
 
-def ask(home, port, *sources):
-    """What `resolve` says of each source, in a process that knows the loopback hub alone."""
-    own = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "NO_PROXY": "*"}
-    done = subprocess.run([*WORKER, "ask", *sources], env=ENVIRONMENT | own, **PIPES)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.slow
-def test_a_repository_is_downloaded_as_far_as_needed_and_found_again_offline(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    arrays = {"a": array((3, 4), np.dtype(ml_dtypes.bfloat16))}
-    write(tmp_path, arrays)
-    command = [*WORKER, "serve", str(tmp_path / "model.safetensors")]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            port = int(server.stdout.readline())
-            found, old, pickled, gated, absent, revision, named = ask(
-                tmp_path, port, "hub:own/model", "hub:own/old", "hub:own/old pickle",
-                "hub:own/gated", "hub:own/none", "hub:own/model@nope", "hub:model",
-            )  # fmt: skip
-        finally:
-            server.terminate()
-            asked = server.communicate()[0]
-    files = {path.name for path in Path(found).iterdir()}
-    assert files == {"config.json", INDEX, "odd-name.safetensors"}
-    check(found, arrays)
-    assert "resolve" in asked
-    assert not any(name in asked for name in ("h5", "onnx", "own/model/resolve/main"))
-    assert "has no model.safetensors; if it has pytorch_model.bin, read that with" in old
-    assert {path.name for path in Path(pickled).iterdir()} == {"config.json", "pytorch_model.bin"}
-    assert "refused: hub:own/gated: gated; accept the terms" in gated
-    assert "refused: hub:own/none: no such repository" in absent
-    assert "refused: hub:own/model@nope: the repository has no such revision" in revision
-    assert "hub:model: wanted hub:owner/name or hub:owner/name@revision" in named
-    cached, unreachable = ask(tmp_path, port, "hub:own/model", "hub:own/none")
-    assert cached == found
-    assert (
-        "hub:own/none: the hub cannot be reached, and not all of it is in the cache" in unreachable
-    )
-
-
 @pytest.mark.slow
 def test_the_benchmark_prints_a_row_for_each_way_to_read_and_write(tmp_path):
     command = [sys.executable, "benchmarks/weight_files.py", "--mib=4", "--repeats=1"]
@@ -531,20 +347,3 @@ def test_the_benchmark_prints_a_row_for_each_way_to_read_and_write(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line[0] == "|"]
     assert {"plain read", "whole arrays", "an eighth of the columns", "write_weights"} <= {*rows}
-
-
-def test_a_source_that_is_no_folder_says_what_would_be_right(tmp_path, monkeypatch):
-    from model.families.hub import resolve
-
-    assert resolve(tmp_path) == tmp_path
-    with pytest.raises(WeightFilesError, match=r"own/model: no such folder; .* say hub:own/model"):
-        resolve("own/model")
-    with pytest.raises(WeightFilesError, match="a folder has no revision, but revision is 'main'"):
-        resolve(tmp_path, "main")
-    with pytest.raises(WeightFilesError, match="names revision 'a', but revision is 'b' too"):
-        resolve("hub:own/model@a", "b")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        WeightFilesError, match=r"needs huggingface_hub: pip install 'sheaf\[hub\]'"
-    ):
-        resolve("hub:own/model")
