@@ -127,6 +127,11 @@ def unread(*names: str) -> Keys:
     return Keys(names, lambda values: {}, lambda config: {})
 
 
+def without(keys: tuple[Keys, ...], *names: str) -> tuple[Keys, ...]:
+    """The keys but those called `names`, which a family does not have."""
+    return tuple(each for each in keys if each.names[0] not in names)
+
+
 def known(names: tuple[Keys, ...]) -> frozenset[str]:
     """Every key that is understood or inert."""
     return INERT | {name for keys in names for name in keys.names}

@@ -5,28 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from model.families.baichuan import BAICHUAN
 from model.families.bloom import BLOOM
 from model.families.crystal import BTLM, CRYSTAL, JAIS
 from model.families.falcon import FALCON
 from model.families.family import Family
+from model.families.geb import GEB
 from model.families.gemma import GEMMA, GEMMA2
 from model.families.gemma3 import GEMMA3, GEMMA3_IMAGES
 from model.families.gpt2 import GPT2
 from model.families.gpt_neo import GPT_NEO
 from model.families.gpt_neox import GPT_NEOX
 from model.families.gptj import GPTJ
+from model.families.granite import GRANITE
+from model.families.internlm2 import INTERNLM2
 from model.families.jetmoe import JETMOE
 from model.families.keys import FamilyError
 from model.families.llama import LLAMA
+from model.families.minicpm import MINICPM
 from model.families.mistral import MISTRAL
 from model.families.mixtral import MIXTRAL
 from model.families.olmo2 import OLMO2
 from model.families.olmoe import OLMOE
 from model.families.opt import OPT
+from model.families.phi3 import PHI3
 from model.families.qwen2 import QWEN2
 from model.families.qwen2_moe import QWEN2_MOE
 from model.families.qwen3 import QWEN3
 from model.families.qwen3_moe import QWEN3_MOE
+from model.families.stablelm import STABLELM
 from weights import nearest
 
 FAMILIES: dict[str, Family] = {
@@ -44,6 +51,13 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "gemma3_images": GEMMA3_IMAGES,
+    "phi3": PHI3,
+    "stablelm": STABLELM,
+    "granite": GRANITE,
+    "minicpm": MINICPM,
+    "internlm2": INTERNLM2,
+    "baichuan": BAICHUAN,
+    "geb": GEB,
     "gpt2": GPT2,
     "gptj": GPTJ,
     "gpt_neox": GPT_NEOX,

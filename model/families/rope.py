@@ -63,6 +63,7 @@ def rope(
     max_length: str = "max_position_embeddings",
     default_max_length: int = 2048,
     partial: float | None = None,
+    default_sizes: tuple[int, int] | None = None,
     base_name: str = "rope_theta",
     partial_name: str = "partial_rotary_factor",
 ) -> Keys:
@@ -73,6 +74,7 @@ def rope(
         max_length: the key of the longest sequence, which some scalings refer to.
         default_max_length: its value when absent.
         partial: share of the head that rotates when the key is absent; None: always all of it.
+        default_sizes: d_model and heads when they are absent, which the share needs.
         base_name: spelling of `rope_theta` (GPT-NeoX: `rotary_emb_base`).
         partial_name: spelling of `partial_rotary_factor` (GPT-NeoX: `rotary_pct`).
     """
@@ -99,7 +101,7 @@ def rope(
             partial,
         )
         if share is not None and share != 1.0:
-            fields["rotary_dim"] = int(_head_dim(values) * share)
+            fields["rotary_dim"] = int(_head_dim(values, default_sizes) * share)
         return fields
 
     def write(config: ModelConfig) -> dict[str, Any]:
@@ -135,8 +137,9 @@ def scaling(
         raise FamilyError(
             f"rope_scaling has rope_type {kind!r}, which is unknown; nearest: {close}"
         )
-    passed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "short_factor"}
-    unknown = set(given) - set(SAME) - passed - {"long_factor"}
+    lists = ("short_factor", "long_factor") if KINDS[kind] == "longrope" else ()
+    passed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *lists}
+    unknown = set(given) - set(SAME) - passed
     if unknown:
         name = sorted(unknown)[0]
         close = nearest(name, SAME) or ", ".join(SAME)
@@ -145,12 +148,10 @@ def scaling(
     fields["kind"] = KINDS[kind]
     trained = original or fields.get("original_max_length") or longest
     fields["original_max_length"] = longest if kind == "dynamic" else trained
-    if fields["kind"] == "longrope" or (kind == "yarn" and "factor" not in fields):
-        ratio = longest / trained
-        fields["factor"] = ratio if original else fields.get("factor", ratio)
-    for name in ("short_factor", "long_factor"):
-        if kind in ("longrope", "su"):
-            fields[name] = tuple(float(value) for value in given[name])
+    if fields["kind"] in ("longrope", "yarn"):
+        fields.setdefault("factor", longest / trained)
+    for name in lists:
+        fields[name] = tuple(float(value) for value in given[name])
     return RopeScaling(**fields)
 
 
@@ -170,11 +171,12 @@ def scaling_to_hf(ours: RopeScaling | None) -> dict[str, Any] | None:
     return values
 
 
-def _head_dim(values: Values) -> int:
+def _head_dim(values: Values, default_sizes: tuple[int, int] | None) -> int:
     if values.get("head_dim"):
         return int(values["head_dim"])
-    width = _first(values.get("hidden_size"), values.get("n_embd"))
-    heads = _first(values.get("num_attention_heads"), values.get("n_head"))
+    default_width, default_heads = default_sizes or (None, None)
+    width = _first(values.get("hidden_size"), values.get("n_embd"), default_width)
+    heads = _first(values.get("num_attention_heads"), values.get("n_head"), default_heads)
     if not width or not heads:
         raise FamilyError("hidden_size or num_attention_heads is missing")
     return int(width) // int(heads)
