@@ -9,10 +9,14 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 import data.__main__ as data_command
+import model.__main__ as model_command
 from data.show import read_run
+from model import ModelConfig, init
+from model.checkpoint import save
 from training import RunConfig, default_config, load_config, run_config
 from training.command_line import parse
 from training.config import describe
@@ -43,11 +47,25 @@ def _balanced(text: str) -> str:
     return text.rstrip().removesuffix(")") if text.count(")") > text.count("(") else text
 
 
-def check_command(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """What stands for the checkpoint that a recipe is handed, `--config=FILE.py:CHECKPOINT`."""
+    config = ModelConfig(vocab_size=8, d_model=8, num_layers=1, num_heads=1)
+    folder = tmp_path_factory.mktemp("docs") / "checkpoint"
+    return str(save(folder, config, init(config, jax.random.key(0))))
+
+
+def check_command(
+    program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, checkpoint: str
+) -> None:
     """Parse a command as the program itself would, without running it."""
     monkeypatch.chdir(ROOT)
     if program == "train.py":
-        parse(arguments)
+        parse([re.sub(r"^(--config=.*\.py):.*", rf"\1:{checkpoint}", text) for text in arguments])
+    elif program == "-m model":
+        for name in ("_import", "_export", "_check"):
+            monkeypatch.setattr(model_command, name, lambda known: None)
+        assert model_command.main(arguments) == 0
     elif program == "-m data":
         reads = lambda known, fields: read_run(known.config, fields) if known.config else None  # noqa: E731
         monkeypatch.setattr(data_command, "_show", reads)
@@ -65,10 +83,10 @@ def test_every_relative_link_leads_somewhere(page):
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CONFIGS, ROOT / "train.py"], ids=name)
-def test_every_command_is_one_that_exists(page, monkeypatch):
+def test_every_command_is_one_that_exists(page, monkeypatch, checkpoint):
     text = page.read_text()
     for program, arguments in commands(text):
-        check_command(program, arguments, monkeypatch)
+        check_command(program, arguments, monkeypatch, checkpoint)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     shell = "\n".join(block for language, block in BLOCK.findall(text) if language == "bash")
     assert set(re.findall(r"(?:^|`)make (\w+)", shell, flags=re.MULTILINE)) <= targets
@@ -155,12 +173,16 @@ def test_all_pains_have_a_promise_and_what_is_held_names_its_test():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
-def test_a_config_is_a_claim_with_its_command(path):
-    run_config(load_config(path))
+def test_a_config_is_a_claim_with_its_command(path, checkpoint):
+    takes_one = "def get_config(checkpoint" in path.read_text()
+    run_config(load_config(f"{path}:{checkpoint}" if takes_one else path))
     claim = ast.get_docstring(ast.parse(path.read_text())) or ""
     own = [
         arguments
         for program, arguments in commands(claim)
-        if program == "train.py" and f"--config=configs/{path.name}" in arguments
+        if program == "train.py"
+        and any(
+            re.sub(r"\.py:.*", ".py", text) == f"--config=configs/{path.name}" for text in arguments
+        )
     ]
     assert own, f"{name(path)}: its docstring has no `python train.py --config=configs/{path.name}`"
