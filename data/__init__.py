@@ -4,6 +4,7 @@
 number of hosts, and `python -m data show --config=… --step=N` prints the documents behind it.
 """
 
+from data.chat import ChatTemplate, ChatTemplateError, encode_chat, encode_chat_with_mask
 from data.config import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig, from_mapping
 from data.dataset import Dataset, build
 from data.loader import BatchIterator, Loader, Origin, ValidationLoader
@@ -29,6 +30,8 @@ __all__ = [
     "BatchIterator",
     "ByteTokenizer",
     "CharacterTokenizer",
+    "ChatTemplate",
+    "ChatTemplateError",
     "DataConfig",
     "Dataset",
     "DecodeStream",
@@ -52,6 +55,8 @@ __all__ = [
     "ValidationLoader",
     "build",
     "check_resume",
+    "encode_chat",
+    "encode_chat_with_mask",
     "from_mapping",
     "load_tokenizer",
     "make_plan",

@@ -48,16 +48,20 @@ class SentencePieceTokenizer(Backend):
     def __init__(self, files: Mapping[str, bytes], bos: str = "", eos: str = "") -> None:
         self._files = with_roles(files, {"bos_token": bos, "eos_token": eos})
         settings = read_settings(self._files)
-        _check(settings)
         spaces = settings.config.get("add_prefix_space") is not False
         model = files[MODEL_FILE]
         continuing = _processor(model + _WITHOUT_PREFIX)
         self._model = _processor(model) if spaces else continuing
+        _check(settings, self._model)
         self._processors = {True: self._model, False: continuing}
         self._legacy = settings.config.get("legacy") is not False
         self._tokens = {i: self._model.id_to_piece(i) for i in range(len(self._model))}
         self._added = _added_tokens(self._model, self._tokens, settings)
         self._patterns = {allow: _pattern(self._added, allow) for allow in (True, False)}
+        self._readable = {
+            allow: _readable(self._model, self._tokens, self._added, allow)
+            for allow in (True, False)
+        }
         self.special_tokens = {t.content: t.id for t in self._added if t.special}
         self.vocab_size = max([len(self._tokens), *(t.id + 1 for t in self._added)])
         self.bos, self.eos = self._role(settings, "bos"), self._role(settings, "eos")
@@ -113,17 +117,10 @@ class SentencePieceTokenizer(Backend):
 
     def _words(self, text: str, start: int, opens: bool, allow_special: bool) -> Iterator[Part]:
         """Text for the model, cut inside whatever the model would read as a special token."""
-        cuts = [] if allow_special else [m.start() + 1 for m in self._readable.finditer(text)]
+        cuts = [match.start() + 1 for match in self._readable[allow_special].finditer(text)]
         for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             if end > begin:
                 yield Part(text[begin:end], start + begin, opens=opens and begin == 0)
-
-    @functools.cached_property
-    def _readable(self) -> re.Pattern[str]:
-        """Finds what the model itself would read as the id of a special token."""
-        ids = [i for i in self.special_tokens.values() if i in self._tokens]
-        names = [self._tokens[i].replace(SPACE, " ") for i in ids if _is_text(self._model, i)]
-        return re.compile("|".join(f"(?={re.escape(n)})" for n in names if len(n) > 1) or "(?!)")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens written out; an id without a token is no text."""
@@ -186,6 +183,18 @@ def _matching(token: AddedToken) -> str:
     return (r"\s*" if token.lstrip else "") + middle + (r"\s*" if token.rstrip else "")
 
 
+def _readable(
+    model: Any, tokens: Mapping[int, str], added: Iterable[AddedToken], allow_special: bool
+) -> re.Pattern[str]:
+    """Finds text that the model itself would read as a special token: the token where it is not
+    allowed, and always the piece that the token has replaced.
+    """
+    special = [t for t in added if t.special and t.id in tokens and _is_text(model, t.id)]
+    pieces = [tokens[t.id] for t in special if not allow_special or tokens[t.id] != t.content]
+    names = [piece.lstrip(SPACE).replace(SPACE, " ") for piece in pieces]
+    return re.compile("|".join(f"(?={re.escape(n)})" for n in names if len(n) > 1) or "(?!)")
+
+
 def _is_text(model: Any, number: int) -> bool:
     kinds = (model.is_control, model.is_unknown, model.is_byte, model.is_unused)
     return not any(kind(number) for kind in kinds)
@@ -196,8 +205,8 @@ def _spans(model: Any, text: str, ids: Ids) -> Spans:
     normalized, starts = model.normalize(text, with_offsets=True)
     pieces = model.encode(text, out_type=str)
     pairs = zip(ids.tolist(), pieces, strict=True)
-    sizes = [1 if model.is_byte(i) else len(piece.encode()) for i, piece in pairs]
-    ends = np.cumsum(sizes, dtype=np.int64)
+    sizes = np.array([1 if model.is_byte(i) else len(p.encode()) for i, p in pairs], np.int64)
+    ends = np.cumsum(sizes)
     character = np.repeat(np.arange(len(normalized)), [len(c.encode()) for c in normalized])
     offsets = np.array([*starts, len(text)], np.int64)
     begin, last = offsets[character[ends - sizes]], offsets[character[ends - 1]]
@@ -221,7 +230,9 @@ def _processor(model: bytes) -> Any:
         ) from error
 
 
-def _check(settings: TokenSettings) -> None:
+def _check(settings: TokenSettings, model: Any) -> None:
+    if model.normalize("a") == f"a{SPACE}":
+        raise ValueError(f"{MODEL_FILE}: its spaces stand after words, which is not read here")
     if options := settings.config.get("sp_model_kwargs"):
         raise ValueError(
             f"{CONFIG}: sp_model_kwargs is {options!r}; encoding is deterministic here, so it must "
