@@ -11,7 +11,8 @@ from model.caches import CACHES, Cache, DecoderCache, StepMeta, init_cache
 from model.config import ModelConfig, RopeScaling, Segment, mup
 from model.context import Context
 from model.decoder import forward, hidden_states
-from model.feed_forward import ACTIVATIONS, FEED_FORWARDS
+from model.feed_forward import ACTIVATIONS
+from model.feed_forwards import FEED_FORWARDS
 from model.flax_module import Decoder
 from model.generate import Generation, generate
 from model.head import logits

@@ -56,12 +56,12 @@ def vector(size: int, axis: str | None, init: str = "zeros") -> ArraySpec:
 
 def hidden_kernel(
     config: ModelConfig,
-    shape: tuple[int, int],
-    axes: tuple[str | None, str | None],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
     std: float = 1.0,
 ) -> ArraySpec:
-    """A matrix inside a block; `std` multiplies `init_std`. With μP its std and learning rate
-    follow the width.
+    """A matrix inside a block, or one for each expert; `std` multiplies `init_std`. With μP its
+    std and learning rate follow the width.
 
     Tensor Programs V, table 8: variance and Adam learning rate of hidden matrices are proportional
     to 1 / width.

@@ -69,6 +69,22 @@ def apply(
     and attends to it.
     """
     q, k, v = _project(params, x, config, context)
+    out, carry = attend(q, k, v, config, context, carry)
+    y = linear(params["output"], out.reshape(*x.shape[:2], -1))
+    return y, carry, {"taps": {"query": q, "key": k, "value": v, "attention_heads": out}}
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    config: ModelConfig,
+    context: Context,
+    carry: dict[str, Any],
+) -> tuple[Array, dict[str, Any]]:
+    """Attention of un-rotated heads, over the tokens at hand or, with `carry["cache"]`, over what
+    it holds and them: `[batch, length, num_heads, head_dim]`, and the new carry.
+    """
     if "cache" in carry:
         cache = carry["cache"].append(context.layer, k, v, context.meta, context.encoder)
         carry = {**carry, "cache": cache}
@@ -84,9 +100,7 @@ def apply(
         )
     else:
         out = _attend(q, k, v, config, context)
-    out = checkpoint_name(out, ATTENTION_OUTPUT)
-    y = linear(params["output"], out.reshape(*x.shape[:2], -1))
-    return y, carry, {"taps": {"query": q, "key": k, "value": v, "attention_heads": out}}
+    return checkpoint_name(out, ATTENTION_OUTPUT), carry
 
 
 def _project(

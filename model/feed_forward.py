@@ -1,4 +1,4 @@
-"""Feed-forwards by name: gated (SwiGLU and its kin) and plain.
+"""Dense feed-forwards: gated (SwiGLU and its kin) and plain.
 
 gated: (act(x W_gate) * (x W_up)) W_down        plain: act(x W_up) W_down
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from model.arrays import ArraySpec, Part, hidden_kernel, output_std, vector
+from model.arrays import ArraySpec, hidden_kernel, output_std, vector
 from sharding import constrain
 from weights import linear
 
@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def _apply(
+def apply(
     params: Mapping[str, Any],
     x: Array,
     config: ModelConfig,
@@ -58,31 +58,27 @@ def _apply(
     return linear(params["down"], hidden), carry, {"taps": {"feed_forward_hidden": hidden}}
 
 
-def _arrays(config: ModelConfig, inputs: tuple[str, ...]) -> dict[str, ArraySpec]:
-    d_model, d_ff = config.d_model, config.d_ff
-    assert d_ff is not None
-    arrays = {}
+def arrays(config: ModelConfig, inputs: tuple[str, ...], d_ff: int) -> dict[str, ArraySpec]:
+    """The arrays of a feed-forward of width `d_ff` with these input projections."""
+    d_model, specs = config.d_model, {}
     for name in inputs:
-        arrays[f"{name}/kernel"] = hidden_kernel(config, (d_model, d_ff), ("d_model", "d_ff"))
-    arrays["down/kernel"] = hidden_kernel(
+        specs[f"{name}/kernel"] = hidden_kernel(config, (d_model, d_ff), ("d_model", "d_ff"))
+    specs["down/kernel"] = hidden_kernel(
         config, (d_ff, d_model), ("d_ff", "d_model"), output_std(config)
     )
     if config.feed_forward_bias:
-        arrays.update({f"{name}/bias": vector(d_ff, "d_ff") for name in inputs})
-        arrays["down/bias"] = vector(d_model, None)
-    return arrays
+        specs.update({f"{name}/bias": vector(d_ff, "d_ff") for name in inputs})
+        specs["down/bias"] = vector(d_model, None)
+    return specs
 
 
-def _gated_arrays(config: ModelConfig) -> dict[str, ArraySpec]:
-    return _arrays(config, ("gate", "up"))
+def gated_arrays(config: ModelConfig) -> dict[str, ArraySpec]:
+    """The arrays of one gated layer."""
+    assert config.d_ff is not None
+    return arrays(config, ("gate", "up"), config.d_ff)
 
 
-def _plain_arrays(config: ModelConfig) -> dict[str, ArraySpec]:
-    return _arrays(config, ("up",))
-
-
-FEED_FORWARDS: dict[str, Part] = {
-    "gated": Part("feed_forward", _gated_arrays, _apply),
-    "plain": Part("feed_forward", _plain_arrays, _apply),
-}
-"""Name -> feed-forward."""
+def plain_arrays(config: ModelConfig) -> dict[str, ArraySpec]:
+    """The arrays of one plain layer."""
+    assert config.d_ff is not None
+    return arrays(config, ("up",), config.d_ff)

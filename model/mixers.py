@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from model import attention
+from model import attention, attention_experts
 from model.arrays import Part
 
 MIXERS: dict[str, Part] = {
     "attention": Part("attention", attention.arrays, attention.apply),
+    "attention_experts": Part("attention", attention_experts.arrays, attention_experts.apply),
 }
 """Name -> mixer."""

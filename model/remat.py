@@ -12,13 +12,21 @@ import jax
 ATTENTION_OUTPUT = "attention_output"
 """Name under which the attention part marks its output, for policies that keep it."""
 
+EXPERT_PRODUCT = "expert_product"
+"""Name of the products of a mixture's experts, which run in loops that policies cannot see into."""
+
 _policies = jax.checkpoint_policies
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": _policies.everything_saveable,
     "full": _policies.nothing_saveable,
-    "dots": _policies.dots_saveable,
-    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_saveable, _policies.save_only_these_names(EXPERT_PRODUCT)
+    ),
+    "dots_no_batch": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(EXPERT_PRODUCT),
+    ),
     "save_attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
 }
 """Name -> what is kept: everything, nothing, all products, products with a weight, the attention

@@ -15,7 +15,15 @@ from sharding.distributed import (
     initialize_distributed,
     rows_of_process,
 )
-from sharding.layout import TABLE, Layout, ShardingConfig, check_heads, make_layout
+from sharding.layout import (
+    TABLE,
+    Layout,
+    ShardingConfig,
+    axis_names,
+    check_experts,
+    check_heads,
+    make_layout,
+)
 from sharding.mesh import AXES, MeshConfig, make_mesh
 from sharding.partition import check_divisible, partition, sharded_init, state_shardings
 from sharding.rules import Rule, match_rules, override_axes, prefixed, rules_table
@@ -28,7 +36,9 @@ __all__ = [
     "Processes",
     "Rule",
     "ShardingConfig",
+    "axis_names",
     "check_divisible",
+    "check_experts",
     "check_heads",
     "constrain",
     "context_attention",

@@ -178,6 +178,18 @@ def check_heads(layout: Layout, num_heads: int, kv_heads: int) -> Layout:
     return layout
 
 
+def check_experts(layout: Layout, num_experts: int) -> None:
+    """Raise `ValueError` with a mesh that would work if the experts do not divide over theirs."""
+    pieces = layout.size("experts")
+    if num_experts % pieces:
+        mesh_axes = layout.spec(("experts",))[0]
+        raise ValueError(
+            f"{num_experts} experts do not divide over {pieces} devices of mesh axis "
+            f"{mesh_axes!r}; a mesh that would work: "
+            f"{suggest_mesh(layout.mesh, [(num_experts, axis_names(mesh_axes))])}"
+        )
+
+
 def suggest_mesh(mesh: Mesh | AbstractMesh, needs: list[tuple[int, tuple[str, ...]]]) -> str:
     """A mesh near this one that divides every (size, mesh axes); `data` takes the freed devices."""
     sizes = dict(mesh.shape)

@@ -5,6 +5,7 @@ Models call `linear`, `matmul`, `embed` and `unembed` and never ask which it is;
 pruners and adapters add formats as files of this folder and one line in `FORMATS`.
 """
 
+from weights.grouped import grouped_matmul
 from weights.layers import bias_add, embed, linear, matmul, unembed
 from weights.protocol import Weight, dequantize, is_format, is_weight, nbytes, prepare, specs
 from weights.serial import FORMATS, from_arrays, to_arrays
@@ -20,6 +21,7 @@ __all__ = [
     "flatten",
     "from_arrays",
     "from_flat",
+    "grouped_matmul",
     "is_format",
     "is_weight",
     "linear",

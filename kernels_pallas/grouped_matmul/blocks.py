@@ -1,0 +1,95 @@
+"""The grouped product for a CPU: group after group, a few rows at a time.
+
+A group's matrix is read once and multiplies blocks of its rows until none is left; the last block
+reaches into the next group, and what it would write there is left as it was. Empty groups are
+skipped, so the cost is that of the rows and of the matrices in use, however many groups there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+MATMUL_ROWS = 32
+"""Rows of a block: few, as each group wastes half a block, and enough to keep the product busy."""
+OUTER_ROWS = 128
+"""Rows that a group's gradient sums over at a time: more, as each update reads and writes it."""
+
+
+def grouped_matmul(x: Array, w: Array, sizes: Array, transposed: bool, dtype: Any) -> Array:
+    """See `reference.grouped_matmul`."""
+    out = jnp.zeros((x.shape[0], w.shape[1 if transposed else 2]), dtype)
+
+    def group(out: Array, e: Array, start: Array, stop: Array) -> Array:
+        matrix = jax.lax.dynamic_index_in_dim(w, e, keepdims=False).astype(x.dtype)
+
+        def block(index: Array, out: Array) -> Array:
+            first, mine = _rows(start, stop, index, MATMUL_ROWS, len(x))
+            new = _dot(_slice(x, first, len(mine)), matrix, 1, 1 if transposed else 0)
+            old = _slice(out, first, len(mine))
+            new = jnp.where(mine[:, None], new.astype(dtype), old)
+            return jax.lax.dynamic_update_slice_in_dim(out, new, first, 0)
+
+        return jax.lax.fori_loop(0, _count(start, stop, MATMUL_ROWS), block, out)
+
+    return _over_groups(group, out, sizes) if out.size else out
+
+
+def grouped_outer(x: Array, g: Array, sizes: Array, dtype: Any) -> Array:
+    """See `reference.grouped_outer`."""
+    out = jnp.zeros((len(sizes), x.shape[1], g.shape[1]), dtype)
+
+    def group(out: Array, e: Array, start: Array, stop: Array) -> Array:
+        def block(index: Array) -> Array:
+            first, mine = _rows(start, stop, index, OUTER_ROWS, len(x))
+            ours = jnp.where(mine[:, None], _slice(x, first, len(mine)), 0)
+            return _dot(ours, _slice(g, first, len(mine)), 0, 0)
+
+        count = _count(start, stop, OUTER_ROWS)
+        total = jax.lax.fori_loop(1, count, lambda i, total: total + block(i), block(jnp.int32(0)))
+        return jax.lax.dynamic_update_index_in_dim(out, total.astype(dtype), e, 0)
+
+    return _over_groups(group, out, sizes) if x.size else out
+
+
+def _over_groups(group: Callable[..., Array], out: Array, sizes: Array) -> Array:
+    """`group(out, e, start, stop) -> out` for every group e that has rows, in order."""
+    sizes = sizes.astype(jnp.int32)
+    stops = jnp.cumsum(sizes)
+    starts, filled = stops - sizes, sizes > 0
+    order = jnp.argsort(~filled, stable=True)
+
+    def body(index: Array, out: Array) -> Array:
+        e = order[index]
+        return group(out, e, starts[e], stops[e])
+
+    return jax.lax.fori_loop(0, jnp.sum(filled, dtype=jnp.int32), body, out)
+
+
+def _rows(start: Array, stop: Array, index: Array, block: int, rows: int) -> tuple[Array, Array]:
+    """The first row of a block, moved back if it would reach beyond the last row, and which of its
+    rows are the block's own.
+    """
+    block = min(block, rows)
+    own = start + index * block
+    first = jnp.minimum(own, rows - block)
+    place = first + jnp.arange(block, dtype=jnp.int32)
+    return first, (place >= own) & (place < stop)
+
+
+def _count(start: Array, stop: Array, block: int) -> Array:
+    return (stop - start + block - 1) // block
+
+
+def _slice(x: Array, first: Array, count: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, count)
+
+
+def _dot(a: Array, b: Array, over_a: int, over_b: int) -> Array:
+    dimensions = (((over_a,), (over_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
