@@ -69,7 +69,7 @@ def random_tensors(values, seed=0):
     """Random weights in the published names, head included, biases away from zero."""
     rng = np.random.default_rng(seed)
     wide, inner, vocab = values["n_embd"], values["n_inner"], values["vocab_size"]
-    shapes = {"transformer.wte.weight": (vocab, wide)}
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab, wide)}
     if values["position_embedding_type"] == "learned":
         shapes["transformer.wpe.weight"] = (values["n_positions"], wide)
     linears = {"attn.c_attn": (wide, 3 * wide), "attn.c_proj": (wide, wide)}
@@ -96,10 +96,10 @@ def buffers(values):
     """What published files hold besides weights."""
     length = values["n_positions"]
     mask = np.tril(np.ones((1, 1, length, length), np.uint8))
-    found = {f"transformer.h.{n}.attn.bias": mask.copy() for n in range(values["n_layer"])}
-    found |= {
-        f"transformer.h.{n}.attn.masked_bias": np.float32([-1e9]) for n in range(values["n_layer"])
-    }
+    found: dict[str, np.ndarray] = {}
+    for layer in range(values["n_layer"]):
+        found[f"transformer.h.{layer}.attn.bias"] = mask.copy()
+        found[f"transformer.h.{layer}.attn.masked_bias"] = np.array([-1e9], np.float32)
     if values["position_embedding_type"] == "alibi":
         found["transformer.relative_pe.slopes"] = np.ones((values["n_head"], 1), np.float32)
     return found

@@ -60,9 +60,14 @@ def test_gpt_neox(parallel, tmp_path):
 
 def test_gpt_neo(tmp_path):
     """Every second layer sees a window, which here is shorter than the rows."""
-    options = {key: value for key, value in SIZES.items() if "num" not in key}
-    options.update(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])
-    check_family(transformers.GPTNeoConfig(**options, window_size=4), tmp_path)
+    config = transformers.GPTNeoConfig(
+        **{name: size for name, size in SIZES.items() if "num" not in name},
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+    )
+    check_family(config, tmp_path)
 
 
 def test_defaults():
