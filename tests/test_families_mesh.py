@@ -71,6 +71,40 @@ def test_arrays_lie_in_their_shards_and_logits_do_not_change(tmp_path, sizes):
     np.testing.assert_allclose(ours, plain, atol=1e-4)
 
 
+MIXTURE = dataclasses.replace(
+    CONFIG, feed_forward="experts", num_experts=4, experts_per_token=2, qk_norm="none"
+)
+JETMOE = dataclasses.replace(
+    MIXTURE,
+    mixer="attention_experts",
+    kv_heads=2,
+    head_dim=8,
+    expert_bias=True,
+    tied_embeddings=True,
+    norm_eps=1e-6,
+    final_norm_eps=1e-5,
+)
+
+
+@pytest.mark.parametrize("config", [MIXTURE, JETMOE], ids=["mixtral", "jetmoe"])
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 4, "tensor": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}]
+)
+def test_experts_lie_on_their_own_devices_and_logits_do_not_change(tmp_path, config, sizes):
+    params = folder_of(config, tmp_path)
+    layout = layout_of(**sizes)
+    found = import_checkpoint(tmp_path, layout=layout)
+    equal(found.params, params)
+    gate = found.params["layers"]["000-003"]["feed_forward"]["experts"]["gate"]["kernel"]
+    assert gate.addressable_shards[0].data.shape[1] == 4 // sizes["expert"]
+    runtime = Runtime(layout=layout)
+    ours = jax.jit(lambda p, t: forward(p, t, config, runtime)[0])(found.params, TOKENS)
+    np.testing.assert_allclose(ours, forward(params, TOKENS, config)[0], atol=1e-4)
+    export_checkpoint(found, tmp_path / "again")
+    same = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert same == (tmp_path / "model.safetensors").read_bytes()
+
+
 def test_export_from_a_mesh_writes_the_same_bytes(tmp_path):
     folder_of(CONFIG, tmp_path / "plain", jnp.bfloat16)
     found = import_checkpoint(tmp_path / "plain", layout=layout_of(fsdp=4, tensor=2))
