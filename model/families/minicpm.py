@@ -12,7 +12,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.families.granite import whole
-from model.families.keys import Keys, Values, activation, always, key, unread
+from model.families.keys import Keys, Values, activation, always, key, unread, without
 from model.families.llama import LLAMA, sizes
 from model.families.rope import plain_length, rope
 
@@ -47,7 +47,7 @@ MINICPM = dataclasses.replace(
     model_types=("minicpm",),
     architecture="MiniCPMForCausalLM",
     keys=(
-        *sizes(),
+        *without(sizes(), "head_dim"),
         key("rms_norm_eps", "norm_eps", 1e-6),
         key("tie_word_embeddings", "tied_embeddings", True),
         activation("hidden_act", "silu"),
