@@ -46,7 +46,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a file, a folder, a glob, or stdlib:")
     parser.add_argument(
-        "--tokenizer", default="bytes", help="bytes, a tokenizer.json or its folder"
+        "--tokenizer", default="bytes", help="bytes, a model's folder, its tokenizer.json"
     )
     parser.add_argument("--out", required=True, help="folder of the store")
     parser.add_argument("--text-key", default="text", help="field or column of the text")

@@ -26,7 +26,7 @@ class TokenizerConfig:
     """How text becomes ids.
 
     kind: bytes, characters (vocabulary from the text), bpe (trained on the text) or file.
-    path: for kind=file, a Hugging Face tokenizer.json or the folder that holds one.
+    path: for kind=file, a model's folder, or its tokenizer.json or tokenizer.model.
     vocab_size: for kind=bpe, entries to train, special tokens included.
     train_bytes: for kind=bpe, how much text it is trained on, spread over the files.
     bos: text of the token put before each document; empty finds the tokenizer's own.

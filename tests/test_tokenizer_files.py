@@ -211,6 +211,21 @@ def test_older_folders_say_it_in_two_more_files():
     assert tokenizer.encode(["[tool]<pad>"])[0].tolist()[0] == 401
 
 
+def test_what_the_config_adds_or_calls_special_holds_for_tokenizer_json():
+    listed = {"300": {"content": "<new>", "special": True}, "301": {"content": "[x]"}}
+    vocab = json.loads(BPE.files()["tokenizer.json"])["model"]["vocab"]
+    word = max((token for token in vocab if token.isalpha() and token.isascii()), key=len)
+    config = {"added_tokens_decoder": listed, "eos_token": word, "pad_token": "<new>"}
+    files = {**BPE.files(), "tokenizer_config.json": json.dumps(config).encode()}
+    tokenizer = load_tokenizer(files)
+    assert (tokenizer.eos, tokenizer.pad, tokenizer.vocab_size) == (vocab[word], 300, 302)
+    assert tokenizer.encode(["[x]"])[0].tolist() == [301]
+    assert 300 not in tokenizer.encode(["<new>"])[0].tolist()
+    ids = [vocab[word], 300, 301]
+    assert tokenizer.encode([f"{word}<new>[x]"], allow_special=True)[0].tolist() == ids
+    assert tokenizer.decode(ids) == f"{word}<new>[x]"
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [({}, "b"), ({"add_eos_token": True}, "be"), ({"add_bos_token": False}, "")],

@@ -192,15 +192,26 @@ def _parsed(tokenizer_json: str) -> RustTokenizer:
 
 
 def _add_tokens(tokenizer: RustTokenizer, settings: TokenSettings) -> None:
-    """Add what the config lists and `tokenizer.json` lacks; ids must be those of the config."""
+    """Add what the config lists and `tokenizer.json` lacks, with the ids of the config, and make
+    special what it calls so.
+    """
+    there = set(tokenizer.get_added_tokens_decoder())
     for token in settings.added:
-        if tokenizer.token_to_id(token.content) is None:
+        known = tokenizer.token_to_id(token.content) in (None, token.id)
+        if known and token.id not in there:
             tokenizer.add_tokens([_rust_token(token)])
         if (found := tokenizer.token_to_id(token.content)) != token.id:
             raise ValueError(
                 f"{CONFIG}: added token {token.content!r} has id {token.id}, but the vocabulary "
                 f"gives it {found}"
             )
+    by_text = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
+    for text in sorted(settings.special):
+        old = by_text.get(text)
+        if tokenizer.token_to_id(text) is not None and not (old and old.special):
+            sides = {"lstrip": old.lstrip, "rstrip": old.rstrip} if old else {}
+            made = RustAddedToken(text, special=True, normalized=False, **sides)
+            tokenizer.add_special_tokens([made])
 
 
 def _rust_token(token: AddedToken) -> RustAddedToken:
@@ -240,9 +251,8 @@ def from_vocab_and_merges(
                 f"{CONFIG}: how {other} splits text into words is in no file; give its {JSON_FILE} "
                 "(transformers writes one)"
             )
-    special = sorted((settings.special | {GPT2_SPECIAL}) & vocab.keys(), key=vocab.__getitem__)
-    listed = {token.content: _rust_token(token) for token in settings.added}
-    tokenizer.add_special_tokens([listed.get(text, text) for text in special])
+    if GPT2_SPECIAL in vocab:
+        tokenizer.add_special_tokens([GPT2_SPECIAL])
     return FileTokenizer(tokenizer.to_str(), bos, eos, files)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from data.tokenizers.protocol import REPLACEMENT, DecodeStream
@@ -83,7 +83,7 @@ class Pieces:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids."""
         stream = PieceStream(self)
-        return stream.text(b"".join(stream.pieces(ids))) + stream.flush()
+        return stream.push_all(ids) + stream.flush()
 
 
 class PieceStream(DecodeStream):
@@ -94,26 +94,32 @@ class PieceStream(DecodeStream):
         errors = "surrogateescape" if pieces.each_byte else "replace"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
 
-    def pieces(self, ids: Iterable[int]) -> Iterator[bytes]:
-        """Bytes of each id, the first ones as they begin a text."""
-        table, opening = self._pieces.table, self._pieces.opening
-        for token in map(int, ids):
-            if token < 0:
-                raise ValueError(f"id {token} is no token; padding and ignored targets must go")
-            piece = table.get(token, b"")
-            if not self._begun:
-                piece = opening.get(token, piece)
-                self._begun = bool(piece) or not self._pieces.until_shown
-            yield piece
-
-    def text(self, data: bytes, final: bool = False) -> str:
-        """Text of bytes, an unfinished character held back unless it is final."""
-        return _ESCAPED.sub(REPLACEMENT, self._decoder.decode(data, final))
-
     def push(self, token: int) -> str:
         """Text that `token` completes; empty while a character is incomplete."""
-        return self.text(b"".join(self.pieces((token,))))
+        return self.push_all((token,))
+
+    def push_all(self, ids: Iterable[int]) -> str:
+        """Text that `ids` complete."""
+        tokens = [int(token) for token in ids]
+        if tokens and min(tokens) < 0:
+            raise ValueError(f"id {min(tokens)} is no token; padding and ignored targets must go")
+        pieces: list[bytes] = []
+        while not self._begun and len(pieces) < len(tokens):
+            pieces.append(self._first(tokens[len(pieces)]))
+        table = self._pieces.table
+        pieces += [table.get(token, b"") for token in tokens[len(pieces) :]]
+        return self._text(b"".join(pieces))
+
+    def _first(self, token: int) -> bytes:
+        """Bytes of an id that may begin the text."""
+        piece = self._pieces.table.get(token, b"")
+        piece = self._pieces.opening.get(token, piece)
+        self._begun = bool(piece) or not self._pieces.until_shown
+        return piece
+
+    def _text(self, data: bytes, final: bool = False) -> str:
+        return _ESCAPED.sub(REPLACEMENT, self._decoder.decode(data, final))
 
     def flush(self) -> str:
         """Whatever is still held back, as U+FFFD."""
-        return self.text(b"", final=True)
+        return self._text(b"", final=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class SentencePieceTokenizer(Backend):
             for opens, processor in self._processors.items()
         }
         ids = [[next(made[p.opens]) if p.id is None else [p.id] for p in row] for row in rows]
-        return [np.array([i for part in row for i in part], np.int32) for row in ids]
+        return [np.fromiter(itertools.chain.from_iterable(row), np.int32) for row in ids]
 
     def encode_with_spans(
         self, text: str, allow_special: bool = False, continued: bool = False
