@@ -1,0 +1,1 @@
+"""The cases of `benchmarks/kernels_tpu.py`, a file an operation."""
