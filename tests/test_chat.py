@@ -260,8 +260,8 @@ def test_a_format_string_reaches_no_class():
 
 def test_a_template_without_end_is_stopped_and_the_next_one_renders():
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    template = ChatTemplate({"default": endless, "other": "fine"}, seconds=0.3)
-    with pytest.raises(ChatTemplateError, match=r"'default': no answer in 0\.3 seconds"):
+    template = ChatTemplate({"default": endless, "other": "fine"}, seconds=1.0)
+    with pytest.raises(ChatTemplateError, match=r"'default': no answer in 1 seconds"):
         template.render(CHAT)
     assert template.render(CHAT, template="other") == "fine"
 

@@ -36,9 +36,9 @@ def load_tokenizer(
     if path.is_dir():
         files = read_folder(path)
     elif path.is_file():
-        of_path = {name: data for name, data in read_folder(path.parent).items() if _beside(name)}
         kind = MODEL_FILE if path.suffix == ".model" else JSON_FILE
-        files = {kind: path.read_bytes(), **of_path}
+        kind = path.name if path.name in VOCABULARIES else kind
+        files = {kind: path.read_bytes(), **_others(path)}
     else:
         raise FileNotFoundError(f"tokenizer {str(path)!r}: no such file or folder")
     return _from_files(files, str(path), bos, eos)
@@ -58,6 +58,13 @@ def read_folder(folder: str | os.PathLike) -> dict[str, bytes]:
 def tokenizer_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Those of a checkpoint's files that make its tokenizer and chat templates."""
     return {name: data for name, data in files.items() if name in VOCABULARIES or _beside(name)}
+
+
+def _others(path: Path) -> dict[str, bytes]:
+    """The files beside a vocabulary that belong to it."""
+    found = read_folder(path.parent).items()
+    pair = {VOCAB, MERGES}
+    return {name: data for name, data in found if _beside(name) or {name, path.name} == pair}
 
 
 def _beside(name: str) -> bool:
