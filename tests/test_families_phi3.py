@@ -33,11 +33,12 @@ def test_phi3_with_a_window(tmp_path):
     assert found.config.sliding_window == 4
 
 
-@pytest.mark.parametrize("trained", [4, 32])
-def test_phi3_beyond_the_trained_length_and_within_it(trained, tmp_path):
+@pytest.mark.parametrize(("trained", "factor"), [(4, None), (32, 3.0)])
+def test_phi3_beyond_the_trained_length_and_within_it(trained, factor, tmp_path):
     """12 tokens of a model trained at 4 turn by the long factors, of one trained at 32 by the
-    short ones; 6 of 8 channels of a head turn.
+    short ones, where a factor of its own goes before the ratio of lengths; 6 of 8 channels turn.
     """
+    given = {} if factor is None else {"factor": factor}
     config = transformers.Phi3Config(
         **SIZES,
         original_max_position_embeddings=trained,
@@ -48,13 +49,14 @@ def test_phi3_beyond_the_trained_length_and_within_it(trained, tmp_path):
             "short_factor": SHORT,
             "long_factor": LONG,
             "partial_rotary_factor": 0.75,
+            **given,
         },
     )
     found = check_family(config, tmp_path)
     assert found.config.rotary_dim == 6
     scaling = found.config.rope_scaling
     assert scaling is not None
-    assert scaling.factor == 64 / trained
+    assert scaling.factor == (factor or 64 / trained)
 
 
 def test_phi3_defaults():
