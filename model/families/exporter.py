@@ -32,7 +32,7 @@ from model.families.plan import (
 )
 from model.families.registry import FAMILIES, by_config
 from model.families.tensors import copy_turned
-from model.families.writer import write_weights
+from model.families.writer import write_order, write_weights
 from sharding import Layout
 from weights import dequantize, flatten, is_format, nearest
 
@@ -80,8 +80,9 @@ def export_checkpoint(
     values.pop("dtype", None)
     folder = Path(to).absolute()
     if jax.process_index() != 0:
-        for *_, make in tensors:  # every process takes part in gathering each tensor
-            make()
+        makers = {name: make for name, _, _, make in tensors}
+        for name in write_order(tensors, max_shard_bytes):
+            makers[name]()
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, _watched(tensors, progress), max_shard_bytes=max_shard_bytes)

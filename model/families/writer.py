@@ -78,6 +78,18 @@ def write_weights(
             _write(partial(name), lambda file, text=text: _write_all(file, text.encode()))
 
 
+def write_order(
+    tensors: Iterable[tuple[str, Sequence[int], Any, Callable[[], np.ndarray]]],
+    max_shard_bytes: int = 5_000_000_000,
+) -> list[str]:
+    """The names in the order in which `write_weights` asks for the arrays.
+
+    Processes that do not write must take part in gathering them in the same order.
+    """
+    shards = _split(_planned(tensors), max_shard_bytes)
+    return [tensor.name for shard in shards for tensor in _in_file_order(shard)]
+
+
 def _planned(
     tensors: Iterable[tuple[str, Sequence[int], Any, Callable[[], np.ndarray]]],
 ) -> list[NewTensor]:
@@ -184,11 +196,15 @@ def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
 
 
 def _write_shard(file: IO[bytes], shard: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
-    by_name = {tensor.name: tensor for tensor in shard}
-    ordered = [by_name[name] for name in file_order({t.name: t.dtype for t in shard})]
+    ordered = _in_file_order(shard)
     _write_all(file, make_header([tensor[:3] for tensor in ordered], metadata))
     for tensor in ordered:
         _write_tensor(file, tensor)
+
+
+def _in_file_order(shard: Sequence[NewTensor]) -> list[NewTensor]:
+    by_name = {tensor.name: tensor for tensor in shard}
+    return [by_name[name] for name in file_order({t.name: t.dtype for t in shard})]
 
 
 def _write_tensor(file: IO[bytes], tensor: NewTensor) -> None:
