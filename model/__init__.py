@@ -15,6 +15,7 @@ from model.feed_forward import ACTIVATIONS
 from model.feed_forwards import FEED_FORWARDS
 from model.flax_module import Decoder
 from model.generate import Generation, generate
+from model.generation_config import GenerationConfig, read_generation_config
 from model.head import logits
 from model.mixers import MIXERS
 from model.norms import NORMS
@@ -36,6 +37,7 @@ __all__ = [
     "Decoder",
     "DecoderCache",
     "Generation",
+    "GenerationConfig",
     "ModelConfig",
     "PositionEncoder",
     "RopeScaling",
@@ -53,6 +55,7 @@ __all__ = [
     "init_cache",
     "logits",
     "mup",
+    "read_generation_config",
     "rules",
     "sample",
 ]

@@ -52,6 +52,7 @@ CARRIED = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
+    "sheaf_tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
