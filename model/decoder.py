@@ -229,12 +229,22 @@ def _until(segments: Iterable[Segment], stop: int) -> list[Segment]:
 
 
 def _concatenate(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """What layers report, by name, concatenated over the segments that report it: `[layers, …]`."""
+    """What layers report, by name, concatenated over the segments that report it: `[layers, …]`.
+
+    Vectors of different lengths (loads of layers with fewer experts) are filled up with zeros.
+    """
     names = sorted({name for report in reports for name in report})
-    return {
-        name: jnp.concatenate([report[name] for report in reports if name in report])
-        for name in names
-    }
+    merged = {}
+    for name in names:
+        parts = [report[name] for report in reports if name in report]
+        longest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+        merged[name] = jnp.concatenate([_filled(part, longest) for part in parts])
+    return merged
+
+
+def _filled(x: Array, sizes: Sequence[int]) -> Array:
+    """`[layers, …]` with zeros behind, up to these sizes of the other axes."""
+    return jnp.pad(x, [(0, 0), *((0, n - m) for n, m in zip(sizes, x.shape[1:], strict=True))])
 
 
 def _step(

@@ -74,13 +74,18 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     return tuple(found.values())
 
 
-def count_parameters(config: ModelConfig, *, embeddings: bool = True) -> int:
-    """Number of trained values; without the token and position tables if `embeddings` is False."""
-    return sum(
-        math.prod(_stacked_shape(spec, segment))
-        for path, (spec, segment) in describe(config).items()
-        if embeddings or not path.endswith("/table")
-    )
+def count_parameters(config: ModelConfig, *, embeddings: bool = True, active: bool = False) -> int:
+    """Number of trained values; without the token and position tables if `embeddings` is False.
+
+    With `active` only those that one token meets: of a mixture's experts, the share it is sent to.
+    """
+    total = 0
+    for path, (spec, segment) in describe(config).items():
+        size = math.prod(_stacked_shape(spec, segment))
+        if active and segment is not None and "experts" in spec.axes:
+            size = size * segment.layer.experts_per_token // segment.layer.num_experts
+        total += size if embeddings or not path.endswith("/table") else 0
+    return total
 
 
 def _outer_arrays(config: ModelConfig) -> dict[str, ArraySpec]:

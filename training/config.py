@@ -43,6 +43,10 @@ class TrainConfig:
     clip_norm: largest global norm of the gradient; 0 turns clipping off.
     z_loss: coefficient of log(Z)^2 in the loss.
     label_smoothing: share of the target's probability spread over the vocabulary.
+    auxiliary: (name, coefficient) of losses that layers report, each summed over layers and added:
+        "load_balance" and "router_z" of mixtures, (("load_balance", 0.01),).
+    report: names of what layers report, logged with the metrics as the mean over layers, or as the
+        extremes of a vector: ("dropped", "expert_load").
     trainable: regex over parameter paths; the others get no gradient and no optimizer state.
     ema_decay: decay of averaged parameters, evaluated beside the raw ones; 0 keeps none.
     log_every: steps between two lines of metrics.
@@ -59,6 +63,8 @@ class TrainConfig:
     clip_norm: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    auxiliary: tuple[tuple[str, float], ...] = ()
+    report: tuple[str, ...] = ()
     trainable: str = ".*"
     ema_decay: float = 0.0
     log_every: int = 10

@@ -82,7 +82,12 @@ def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | No
     return Task(
         init=lambda key: init(model, key),
         apply=apply,
-        objective=language_model(config.train.z_loss, config.train.label_smoothing),
+        objective=language_model(
+            config.train.z_loss,
+            config.train.label_smoothing,
+            config.train.auxiliary,
+            report=config.train.report,
+        ),
         stream=dataset.train,
         validation=None
         if validation is None
@@ -175,7 +180,9 @@ def sample(params: Any, config: RunConfig, dataset: Dataset) -> tuple[str, str]:
         sampling=Sampling(settings.temperature, settings.top_k or None, settings.top_p),
         rng=jax.random.key(config.seed),
     )
-    return tokenizer.decode(prompt.tolist()), tokenizer.decode(made.lists()[0])
+    stream = tokenizer.decode_stream()  # the continuation keeps the space before its first word
+    before = "".join(map(stream.push, prompt.tolist()))
+    return before, "".join(map(stream.push, made.lists()[0])) + stream.flush()
 
 
 def dry_data(config: RunConfig, workdir: str | Path, seconds: float = 10.0) -> int:

@@ -66,6 +66,7 @@ def language_model(
     label_smoothing: float = 0.0,
     auxiliary: tuple[tuple[str, float], ...] = (),
     chunk: int | None = None,
+    report: tuple[str, ...] = (),
 ) -> Objective:
     """Next-token cross entropy over `targets` where `loss_mask` is not 0, in nats per token.
 
@@ -74,8 +75,10 @@ def language_model(
     auxiliary: (name, coefficient) of what layers report in `aux`, summed over layers.
     chunk: tokens whose logits exist at one time, for an `apply` that gives its head apart
         (`training.decoders`).
+    report: names of what layers report in `aux`, to be logged.
 
-    Metrics: `loss` (cross entropy alone), `accuracy`, `log_z`, and each auxiliary loss.
+    Metrics: `loss` (cross entropy alone), `accuracy`, `log_z`, each auxiliary loss, and of each
+    name of `report` the mean over layers, or, of a vector, the extremes as `NAME_min`, `NAME_max`.
     """
 
     def loss(apply: Apply, params: Any, batch: Batch, rng: Array, frozen: Any = None):
@@ -96,7 +99,7 @@ def language_model(
         if z_loss:
             total = total + z_loss * masked_mean(jnp.square(entropy.log_z), mask)
         extra, named = _auxiliary(aux, auxiliary)
-        return total + extra, {**metrics, **named}
+        return total + extra, {**metrics, **_reported(aux, report), **named}
 
     return Objective(loss=loss, predict=_predict_tokens)
 
@@ -155,14 +158,30 @@ def _auxiliary(
     """The weighted sum of the auxiliary losses, and each by name; `[layers]` ones are summed."""
     total, named = jnp.float32(0), {}
     for name, coefficient in coefficients:
-        if name not in aux:
-            raise ValueError(
-                f"the objective asks for the auxiliary loss {name!r}, which the model does not "
-                f"give; it gives {', '.join(sorted(aux)) or 'none'}"
-            )
-        named[name] = jnp.sum(aux[name], dtype=jnp.float32)
+        named[name] = jnp.sum(_given(aux, name, "auxiliary loss"), dtype=jnp.float32)
         total = total + coefficient * named[name]
     return total, named
+
+
+def _reported(aux: Mapping[str, Any], names: tuple[str, ...]) -> Metrics:
+    """Scalar metrics of what layers report, `[layers]` or `[layers, n]`."""
+    metrics = {}
+    for name in names:
+        value = jnp.asarray(_given(aux, name, "report"), jnp.float32)
+        if value.ndim < 2:
+            metrics[name] = jnp.mean(value)
+        else:
+            metrics[f"{name}_min"], metrics[f"{name}_max"] = jnp.min(value), jnp.max(value)
+    return metrics
+
+
+def _given(aux: Mapping[str, Any], name: str, kind: str) -> Any:
+    if name not in aux:
+        raise ValueError(
+            f"the objective asks for the {kind} {name!r}, which the model does not give; "
+            f"it gives {', '.join(sorted(set(aux) - {'head'})) or 'none'}"
+        )
+    return aux[name]
 
 
 def _predict_tokens(apply: Apply, params: Any, batch: Batch, rng: Array) -> dict[str, Array]:

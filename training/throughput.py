@@ -1,8 +1,8 @@
 """How fast a run is: FLOPs of a token, MFU where the device's peak is known, and the time that is
 left.
 
-FLOPs follow the usual count: 6 per parameter that multiplies and token (forward and backward),
-plus attention's 12 x layers x num_heads x head_dim x mean context, the context counted causally,
+FLOPs follow the usual count: 6 per parameter that multiplies and token (forward and backward; of a
+mixture's experts, those that a token is sent to), plus attention's 12 x layers x num_heads x head_dim x mean context, the context counted causally,
 (length + 1) / 2, or the window.
 """
 
@@ -38,7 +38,7 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     """Training FLOPs (forward and backward, no recomputation) of one token in a sequence of
     `length`.
     """
-    matrices = count_parameters(config)
+    matrices = count_parameters(config, active=True)
     if not config.tied_embeddings:
         matrices -= config.vocab_size * config.d_model  # an embedding that is no head is a lookup
     attention = 0.0
