@@ -2,8 +2,8 @@
 left.
 
 FLOPs follow the usual count: 6 per parameter that multiplies and token (forward and backward; of a
-mixture's experts, those that a token is sent to), plus attention's 12 x layers x num_heads x head_dim x mean context, the context counted causally,
-(length + 1) / 2, or the window.
+mixture's experts, those that a token is sent to), plus attention's 12 x layers x num_heads x
+head_dim x mean context, the context counted causally, (length + 1) / 2, or the window.
 """
 
 from __future__ import annotations
