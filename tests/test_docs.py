@@ -61,7 +61,7 @@ def check_command(
     """Parse a command as the program itself would, without running it."""
     monkeypatch.chdir(ROOT)
     if program == "train.py":
-        parse([re.sub(r"^(--config=.*\.py):.*", rf"\1:{checkpoint}", text) for text in arguments])
+        parse([re.sub(r"(\.py):checkpoints/.*", rf"\1:{checkpoint}", text) for text in arguments])
     elif program == "-m model":
         for name in ("_import", "_export", "_check"):
             monkeypatch.setattr(model_command, name, lambda known: None)

@@ -119,7 +119,7 @@ FILES = {
         "slow_but_exact": False,
         "vocab_size": 250880,
     },
-    "crystal_phase3": {
+    "crystal_7b": {
         "model_type": "crystalcoder",
         "activation_function": "swiglu",
         "layer_norm_epsilon": 1e-5,
