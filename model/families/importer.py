@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,10 @@ Progress = Callable[[int, int, str], None]
 """`(bytes read so far, bytes in all, name of the array)`."""
 
 CHUNK = 512
-"""Rows that are read at a time where they have to be turned or picked out."""
+"""Rows that a thread reads at a time where they have to be turned or picked out."""
+
+THREADS = 8
+"""Threads that read and turn one tensor, if there are as many cores."""
 
 CARRIED = (
     "config.json",
@@ -150,15 +155,16 @@ def read_params(
     shardings = _shardings(wanted, config, layout)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
     arrays, done = {}, 0
-    for source in plan:
-        leaf = wanted[source.path]
-        read = functools.partial(_read, files, stored, source)
-        size = leaf.size * leaf.dtype.itemsize
-        for array, share in _fill(source, leaf, shardings[source.path], read):
-            arrays[source.path] = array
-            if progress is not None:
-                progress(done + int(size * share), total, source.path)
-        done += size
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for source in plan:
+            leaf = wanted[source.path]
+            read = functools.partial(_read, files, stored, pool, source)
+            size = leaf.size * leaf.dtype.itemsize
+            for array, share in _fill(source, leaf, shardings[source.path], read):
+                arrays[source.path] = array
+                if progress is not None:
+                    progress(done + int(size * share), total, source.path)
+            done += size
     return from_flat(arrays)
 
 
@@ -217,6 +223,7 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tu
 def _read(
     files: WeightFiles,
     stored: dict[str, str],
+    pool: ThreadPoolExecutor,
     source: Source,
     layer: int,
     expert: int,
@@ -231,10 +238,13 @@ def _read(
     rows = columns if source.rows is None else source.rows[columns]
     sizes = [len(range(*part.indices(n))) for part, n in zip(index, source.shape, strict=True)]
     piece = np.empty(sizes, jnp.dtype(files.tensors[name].dtype))
-    for first in range(0, len(rows), CHUNK):
+
+    def copy(first: int) -> None:
         chunk = rows[first : first + CHUNK]
         block = _rows(files, name, source.tensor, chunk, index)
         copy_turned(piece[..., first : first + len(chunk)], block, source.tensor.transposed)
+
+    list(pool.map(copy, range(0, len(rows), CHUNK)))
     return piece
 
 
