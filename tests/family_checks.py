@@ -146,6 +146,8 @@ def check_export(folder, found, exported, model):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
+    for parameter in loaded.parameters():  # mapped files are not aligned, which moves last bits
+        parameter.data = parameter.data.clone()
     tokens = np.arange(3, 3 + LENGTH)[None] % found.config.vocab_size
     np.testing.assert_array_equal(their_logits(loaded.eval(), tokens), their_logits(model, tokens))
 
