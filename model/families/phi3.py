@@ -17,7 +17,7 @@ TRAINED_LENGTH = 4096
 
 def longrope() -> Keys:
     """`rope`, of which Phi-3 knows LongRoPE only."""
-    keys = rope(10000.0, default_max_length=TRAINED_LENGTH, default_sizes=(3072, 32))
+    keys = rope(10000.0, default_max_length=TRAINED_LENGTH, partial=1.0, default_sizes=(3072, 32))
 
     def read(values: Values) -> dict[str, Any]:
         fields = keys.read({"original_max_position_embeddings": TRAINED_LENGTH, **values})

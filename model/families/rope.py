@@ -73,7 +73,8 @@ def rope(
         default_base: base of an absent `rope_theta`.
         max_length: the key of the longest sequence, which some scalings refer to.
         default_max_length: its value when absent.
-        partial: share of the head that rotates when the key is absent; None: always all of it.
+        partial: share of the head that rotates when the key is absent; None: the family rotates
+            whole heads, whatever a key says, so a key that says otherwise is an error.
         default_sizes: d_model and heads when they are absent, which the share needs.
         base_name: spelling of `rope_theta` (GPT-NeoX: `rotary_emb_base`).
         partial_name: spelling of `partial_rotary_factor` (GPT-NeoX: `rotary_pct`).
@@ -100,6 +101,8 @@ def rope(
             values.get("partial_rotary_factor"),
             partial,
         )
+        if share is not None and share != 1.0 and partial is None:
+            raise FamilyError(f"{partial_name} is {share!r}; this family rotates whole heads")
         if share is not None and share != 1.0:
             fields["rotary_dim"] = int(_head_dim(values, default_sizes) * share)
         return fields
