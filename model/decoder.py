@@ -20,6 +20,7 @@ from model.caches.protocol import DecoderCache, StepMeta
 from model.config import ModelConfig, Segment
 from model.context import Context
 from model.head import logits
+from model.moe.stack import put_back, set_apart
 from model.positions import PositionEncoder
 from model.remat import remat
 from model.runtime import DEFAULT_RUNTIME, Runtime
@@ -201,6 +202,8 @@ def _run(
         stack = jax.tree.map(lambda leaf: leaf[:count], stack)
     here = range(segment.start, segment.start + count)
     sites = frozenset(site for site, layers in wanted.items() if any(n in here for n in layers))
+    one_device = context.runtime.layout is None or context.runtime.layout.mesh.size == 1
+    stack, experts = set_apart(stack) if "cache" in carry and one_device else (stack, {})
 
     def body(state: tuple[Array, Any], inputs: tuple[Any, Array]) -> tuple[Any, Any]:
         (hidden, carried), (layer_params, index) = state, inputs
@@ -208,6 +211,7 @@ def _run(
         if rng is not None:
             rng = jax.random.fold_in(rng, segment.start + index)
         here = dataclasses.replace(context, layer=index, rng=rng, taps=sites)
+        layer_params = put_back(layer_params, experts, index)
         hidden, carried, aux = block(layer_params, hidden, segment.layer, here, carried)
         return (hidden, carried), aux
 

@@ -167,6 +167,21 @@ def test_a_weight_format_with_an_axis_of_experts_is_multiplied_group_by_group(si
     np.testing.assert_allclose(of_half, 2 * _outer(x, g, sizes), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [lambda w: w, lambda w: Halved(w / 2)], ids=["array", "format"])
+def test_the_matrices_of_one_layer_need_not_be_cut_out_of_their_stack(kind):
+    x, w, _ = _arrays(60, 6, 5, 7)
+    sizes = (0, 41, 8)
+    stack = kind(w.reshape(2, 3, 5, 7))
+
+    def run(layer):
+        weight = weights.OfLayer(stack, layer)
+        assert weight.shape == (3, 5, 7)
+        return weights.grouped_matmul(jnp.asarray(x), weight, jnp.asarray(sizes))
+
+    expected = _matmul(x, w[3:], sizes)
+    np.testing.assert_allclose(jax.jit(run)(jnp.int32(1)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_wrong_shapes_and_names_say_what_would_be_right():
     x, w, _ = _arrays(8, 2, 4, 5)
     with pytest.raises(

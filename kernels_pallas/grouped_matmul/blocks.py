@@ -59,16 +59,15 @@ def grouped_outer(x: Array, g: Array, sizes: Array, dtype: Any) -> Array:
 
 def _over_groups(group: Callable[..., Array], out: Array, sizes: Array) -> Array:
     """`group(out, e, start, stop) -> out` for every group e that has rows, in order."""
-    sizes = sizes.astype(jnp.int32)
-    stops = jnp.cumsum(sizes)
-    starts, filled = stops - sizes, sizes > 0
-    order = jnp.argsort(~filled, stable=True)
+    stops = jnp.cumsum(sizes.astype(jnp.int32))
 
-    def body(index: Array, out: Array) -> Array:
-        e = order[index]
-        return group(out, e, starts[e], stops[e])
+    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, out = state
+        e = jnp.sum(stops <= row, dtype=jnp.int32)  # the group that the row belongs to
+        return stops[e], group(out, e, row, stops[e])
 
-    return jax.lax.fori_loop(0, jnp.sum(filled, dtype=jnp.int32), body, out)
+    start = (jnp.int32(0), out)
+    return jax.lax.while_loop(lambda state: state[0] < stops[-1], body, start)[1]
 
 
 def _rows(start: Array, stop: Array, index: Array, block: int, rows: int) -> tuple[Array, Array]:

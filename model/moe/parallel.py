@@ -223,7 +223,8 @@ def _flat(x: Array) -> Array:
 
 def _count(kernels: Mapping[str, Any]) -> int:
     """Experts that the weights at hand hold."""
-    return jax.tree.leaves(kernels)[0].shape[0]
+    weight = next(iter(kernels.values()))
+    return (jax.tree.leaves(weight)[0] if is_format(weight) else weight).shape[0]
 
 
 def _spec(work: Work, name: str, weight: Any, layout: Layout) -> Any:
