@@ -171,7 +171,7 @@ def test_a_weight_format_with_an_axis_of_experts_is_multiplied_group_by_group(si
 def test_the_matrices_of_one_layer_need_not_be_cut_out_of_their_stack(kind):
     x, w, _ = _arrays(60, 6, 5, 7)
     sizes = (0, 41, 8)
-    stack = kind(w.reshape(2, 3, 5, 7))
+    stack = kind(jnp.asarray(w).reshape(2, 3, 5, 7))
 
     def run(layer):
         weight = weights.OfLayer(stack, layer)
