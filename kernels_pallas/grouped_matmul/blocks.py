@@ -13,29 +13,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.tuning import Key, best
+
 Array = jax.Array
 
-MATMUL_ROWS = 32
-"""Rows of a block: few, as each group wastes half a block, and enough to keep the product busy."""
-OUTER_ROWS = 128
-"""Rows that a group's gradient sums over at a time: more, as each update reads and writes it."""
+DEFAULT_ROWS = {"matmul": 32, "transposed": 32, "outer": 128}
+"""Rows of a block, where nothing was measured: few, as each group wastes half a block, and enough
+to keep the product busy; more for a group's gradient, as each update reads and writes it.
+"""
+
+
+def tuning_key(
+    product: str, rows_per_group: int, d_in: int, d_out: int, dtype: Any, device_kind: str = "cpu"
+) -> Key:
+    """What the rows of a block depend on; `product` is a name in `DEFAULT_ROWS`."""
+    sizes = {"rows_per_group": rows_per_group, "d_in": d_in, "d_out": d_out}
+    return Key.of("grouped_matmul.blocks", sizes, dtype, device_kind, product=product)
+
+
+def _block_rows(product: str, x: Array, groups: int, d_in: int, d_out: int) -> int:
+    key = tuning_key(product, len(x) // max(groups, 1), d_in, d_out, x.dtype)
+    rows = int(best(key, {"rows": DEFAULT_ROWS[product]})["rows"])
+    return max(min(rows, len(x)), 1)
 
 
 def grouped_matmul(x: Array, w: Array, sizes: Array, transposed: bool, dtype: Any) -> Array:
     """See `reference.grouped_matmul`."""
     out = jnp.zeros((x.shape[0], w.shape[1 if transposed else 2]), dtype)
+    rows = _block_rows("transposed" if transposed else "matmul", x, *w.shape)
 
     def group(out: Array, e: Array, start: Array, stop: Array) -> Array:
         matrix = jax.lax.dynamic_index_in_dim(w, e, keepdims=False).astype(x.dtype)
 
         def block(index: Array, out: Array) -> Array:
-            first, mine = _rows(start, stop, index, MATMUL_ROWS, len(x))
+            first, mine = _rows(start, stop, index, rows, len(x))
             new = _dot(_slice(x, first, len(mine)), matrix, 1, 1 if transposed else 0)
             old = _slice(out, first, len(mine))
             new = jnp.where(mine[:, None], new.astype(dtype), old)
             return jax.lax.dynamic_update_slice_in_dim(out, new, first, 0)
 
-        return jax.lax.fori_loop(0, _count(start, stop, MATMUL_ROWS), block, out)
+        return jax.lax.fori_loop(0, _count(start, stop, rows), block, out)
 
     return _over_groups(group, out, sizes) if out.size else out
 
@@ -43,14 +60,15 @@ def grouped_matmul(x: Array, w: Array, sizes: Array, transposed: bool, dtype: An
 def grouped_outer(x: Array, g: Array, sizes: Array, dtype: Any) -> Array:
     """See `reference.grouped_outer`."""
     out = jnp.zeros((len(sizes), x.shape[1], g.shape[1]), dtype)
+    rows = _block_rows("outer", x, len(sizes), x.shape[1], g.shape[1])
 
     def group(out: Array, e: Array, start: Array, stop: Array) -> Array:
         def block(index: Array) -> Array:
-            first, mine = _rows(start, stop, index, OUTER_ROWS, len(x))
+            first, mine = _rows(start, stop, index, rows, len(x))
             ours = jnp.where(mine[:, None], _slice(x, first, len(mine)), 0)
             return _dot(ours, _slice(g, first, len(mine)), 0, 0)
 
-        count = _count(start, stop, OUTER_ROWS)
+        count = _count(start, stop, rows)
         total = jax.lax.fori_loop(1, count, lambda i, total: total + block(i), block(jnp.int32(0)))
         return jax.lax.dynamic_update_index_in_dim(out, total.astype(dtype), e, 0)
 

@@ -12,7 +12,7 @@ from kernels_pallas.grouped_matmul import reference
 from kernels_pallas.grouped_matmul.api import grouped_matmul, grouped_outer
 from kernels_pallas.grouped_matmul.blocks import DEFAULT_ROWS, tuning_key
 from kernels_pallas.tuning.key import Key
-from kernels_pallas.tuning.measure import Case
+from kernels_pallas.tuning.tunable import Case, Tunable
 
 GROUPS = 8
 SHAPES: dict[str, dict[str, int]] = {
@@ -73,3 +73,6 @@ def case(key: Key) -> Case:
         lambda x, w, counts: reference.grouped_matmul(x, w, counts, transposed, dtype),
         1e-4 if dtype == jnp.float32 else 2e-2,
     )
+
+
+BLOCKS = Tunable("cpu", SHAPES, keys, default, candidates, case)

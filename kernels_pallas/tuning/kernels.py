@@ -1,0 +1,11 @@
+"""The kernels that can be tuned. A kernel is added by a `tune.py` in its folder and a line here."""
+
+from __future__ import annotations
+
+from kernels_pallas.grouped_matmul import tune as grouped_matmul
+from kernels_pallas.tuning.tunable import Tunable
+
+KERNELS: dict[str, Tunable] = {
+    "grouped_matmul.blocks": grouped_matmul.BLOCKS,
+}
+"""Kernel, as in `Key.kernel` -> what there is to tune."""
