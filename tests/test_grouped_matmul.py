@@ -3,6 +3,7 @@ costs.
 """
 
 import dataclasses
+import re
 import time
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tpu_aot import REASON, compile_and_fit
 
 import weights
-from kernels_pallas.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, grouped_outer
+from kernels_pallas.grouped_matmul import IMPLEMENTATIONS, SHAPES, grouped_matmul, grouped_outer
 
 NAMES = [None, *IMPLEMENTATIONS]
 
@@ -127,6 +129,26 @@ def test_accelerators_get_the_ragged_instruction(platform):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "ragged_dot" in text
     assert "while" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(REASON is not None, reason=REASON or "libtpu compiles here")
+@pytest.mark.parametrize("generation", ["v5e", "v5p"])
+def test_the_products_of_a_layer_compile_to_ragged_ones_for_a_tpu(generation):
+    shape = SHAPES["qwen15_moe_a27b"]
+    x = jax.ShapeDtypeStruct((shape.rows, shape.d_in), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((shape.groups, shape.d_in, shape.d_out), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((shape.groups,), jnp.int32)
+
+    def step(x, w, sizes):
+        out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        return pull(out)
+
+    compiled = compile_and_fit(step, (x, w, sizes), generation)
+    assert len(re.findall(r'"is_ragged_dot":true|%ragged-dot\S* = ', compiled.text)) >= 3
+    dense = shape.rows * shape.groups * max(shape.d_in, shape.d_out)
+    assert compiled.temp_bytes < dense  # no row is copied for each group
 
 
 @jax.tree_util.register_dataclass

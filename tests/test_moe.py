@@ -4,6 +4,7 @@ capacity, padding, statistics, gradients; and against transformers' blocks.
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_text
 
 from model import (
     FEED_FORWARDS,
@@ -26,7 +28,13 @@ from model.context import Context
 from model.moe.router import capacity_of_row, route, statistics
 from model.parameters import describe
 from model.positions import PositionEncoder
+from training import run_config, train_language_model
+from training.command_line import apply_overrides
+from training.config import load_config
+from training.json_lines import read
 from training.objectives import language_model
+from training.optimizers import OptimizerConfig, make_optimizer
+from training.run_folder import RunFolder
 from training.throughput import flops_per_token
 from weights import from_flat
 
@@ -423,6 +431,62 @@ def test_auxiliary_losses_are_summed_over_layers_and_reports_are_logged():
     np.testing.assert_allclose(metrics["expert_load_max"], aux["expert_load"].max())
     with pytest.raises(ValueError, match="the report 'load', which the model does not give; it gi"):
         language_model(report=("load",)).loss(apply, params, batch, None)
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_on_a_mesh_and_logs_what_its_routers_report(tmp_path):
+    values = load_config(Path(__file__).parent.parent / "configs" / "moe_small.py")
+    small = {
+        "data.path": str(write_text(tmp_path)),
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.tokenizer.kind": "bytes",
+        "data.length": "32",
+        "data.batch_size": "8",
+        "mesh.data": "2",
+        "mesh.expert": "4",
+        "data.validation_fraction": "0.2",
+        "model.vocab_size": "264",
+        "model.d_model": "32",
+        "model.num_layers": "2",
+        "model.num_heads": "2",
+        "model.kv_heads": "1",
+        "model.expert_d_ff": "16",
+        "train.auxiliary": "(('load_balance', 0.01),)",
+        "train.scan_unroll": "1",
+        "train.steps": "3",
+        "sample.tokens": "3",
+    }
+    apply_overrides(values, small)
+    result = train_language_model(run_config(values), tmp_path / "run", quiet=True)
+    rows = read(RunFolder(result.workdir).metrics)
+    assert len(rows) == 3
+    for row in (*rows, result.evaluation):
+        assert 0 <= row["expert_load_min"] < 1 / 8 < row["expert_load_max"] < 1
+        assert row["load_balance"] > 1.9  # the sum over two layers
+        assert row["dropped"] == 0
+
+
+@pytest.mark.parametrize("name", ["lamb", "adafactor", "muon", "adamw"])
+def test_an_optimizer_takes_each_expert_for_a_matrix_of_its_own(name):
+    rng = np.random.default_rng(0)
+    whole, gradient = (rng.normal(size=(2, 3, 8, 6)).astype(np.float32) for _ in range(2))
+    scale = np.asarray([1.0, 10.0, 0.1], np.float32)[:, None, None]
+    whole, gradient = whole * scale, gradient * scale[::-1]
+
+    def updates(place, value, gradient):
+        params = {"layers": {"000-002": {place: {"experts": {"up": {"kernel": value}}}}}}
+        if place == "dense":
+            params = {"layers": {"000-002": {"up": {"kernel": value}}}}
+        config = OptimizerConfig(name=name, weight_decay=0.1, factor_from=4)
+        optimizer = make_optimizer(config, params)
+        gradients = jax.tree.map(lambda _: gradient, params)
+        found, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return jax.tree.leaves(found)[0]
+
+    together = updates("feed_forward", whole, gradient)
+    for expert in range(3):
+        alone = updates("dense", whole[:, expert], gradient[:, expert])
+        np.testing.assert_allclose(together[:, expert], alone, rtol=1e-4, atol=1e-6)
 
 
 JETMOE_8B = ModelConfig(

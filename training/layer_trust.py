@@ -1,8 +1,9 @@
-"""Optimizers that look at a whole matrix, made right for layers stacked on a leading axis.
+"""Optimizers that look at a whole matrix, made right for layers, and experts, stacked on leading
+axes.
 
-Under scan the matrices of one segment are one array `[layers, ...]`. Whatever takes a norm, a root
-mean square or a factorisation of "the matrix" must take it for each layer apart, or training
-depends on how layers are stored.
+Under scan the matrices of one segment are one array `[layers, ...]`, those of a mixture's experts
+`[layers, experts, ...]`. Whatever takes a norm, a root mean square or a factorisation of "the
+matrix" must take it for each layer and expert apart, or training depends on how they are stored.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ def is_stacked(path: str) -> bool:
     return STACKED.fullmatch(path) is not None
 
 
+def stacked_axes(path: str) -> int:
+    """How many axes stand before those of one matrix: of layers, and of a layer's experts."""
+    return int(is_stacked(path)) * (2 if "/experts/" in path else 1)
+
+
 def matrix_rank(path: str, leaf: Any) -> int:
-    """Number of axes of one layer's array."""
-    return leaf.ndim - is_stacked(path)
+    """Number of axes of one layer's (and expert's) array."""
+    return leaf.ndim - stacked_axes(path)
 
 
 def scale_by_layer_trust_ratio(
-    stacked: Callable[[str], bool] = is_stacked, eps: float = 0.0
+    stacked: Callable[[str], int] = stacked_axes, eps: float = 0.0
 ) -> optax.GradientTransformation:
     """LAMB's ratio `|x| / (|r| + eps)` on the update r of every layer's matrix x (arXiv
     1904.00962).
 
-    Norms run over all axes but the layer axis of a stacked array. The ratio is 1 where either norm
+    Norms run over all axes but the `stacked(path)` leading ones. The ratio is 1 where either norm
     is 0, and for vectors (norms, biases).
     """
 
@@ -53,22 +59,21 @@ def scale_by_layer_trust_ratio(
 
 
 def per_layer(
-    inner: optax.GradientTransformation, stacked: Callable[[str], bool] = is_stacked
+    inner: optax.GradientTransformation, stacked: Callable[[str], int] = stacked_axes
 ) -> optax.GradientTransformation:
-    """Run `inner` on every array by itself, and on every layer of a stacked array by itself.
+    """Run `inner` on every array by itself, and on every layer (and expert) of a stacked array by
+    itself.
 
     `inner` must treat arrays independently (most of Optax does). The state is a tree like params
-    with `inner`'s state of that array at each leaf, each of its arrays with a leading layer axis
-    where the parameter has one.
+    with `inner`'s state of that array at each leaf, each of its arrays with the leading
+    `stacked(path)` axes of the parameter.
     """
 
     def init(params: Any) -> Any:
-        return map_leaves(
-            lambda path, p: jax.vmap(inner.init)(p) if stacked(path) else inner.init(p), params
-        )
+        return map_leaves(lambda path, p: _mapped(inner.init, stacked(path))(p), params)
 
     def one(path: str, update: jax.Array, state: Any, param: jax.Array) -> Any:
-        return (jax.vmap(inner.update) if stacked(path) else inner.update)(update, state, param)
+        return _mapped(inner.update, stacked(path))(update, state, param)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         both = map_leaves(one, updates, state, params)
@@ -79,6 +84,12 @@ def per_layer(
         )
 
     return optax.GradientTransformation(init, update_fn)
+
+
+def _mapped(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
