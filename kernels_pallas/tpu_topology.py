@@ -7,10 +7,11 @@ benchmarks stand on this file; kernels read `GENERATIONS` for their block sizes.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MIB = 2**20
+_SERIALIZED = "serialized:"
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def described_mesh(generation: str, axes: Mapping[str, int] | None = None) -> Me
 class Compiled:
     """What the compiler says of a program for one generation.
 
-    text: the scheduled program, as HLO.
+    text: the scheduled program, as HLO or, where that cannot be printed, serialized.
     vmem_bytes: on-chip memory of each kernel, in the order of the program; blocks with their double
         buffers, scratch, and what the compiler spills.
     argument_bytes, output_bytes, temp_bytes: memory of the program.
@@ -199,13 +201,26 @@ def compile_for(
         )
         for shape, spec in zip(shapes, specs, strict=True)
     )
-    with jax.sharding.use_abstract_mesh(where.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(where.abstract_mesh), _without_cache():
         compiled = jax.jit(function).lower(*placed).compile()
     return _described(compiled)
 
 
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Nothing is written to the persistent cache: without a TPU it could not be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 def _described(compiled: Any) -> Compiled:
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), _text(compiled)
+    seconds = cost.get("optimal_seconds", 0.0)
     return Compiled(
         text=text,
         vmem_bytes=_vmem_bytes(text),
@@ -214,19 +229,28 @@ def _described(compiled: Any) -> Compiled:
         temp_bytes=memory.temp_size_in_bytes,
         flops=cost.get("flops", 0.0),
         bytes_accessed=cost.get("bytes accessed", 0.0),
-        seconds=cost.get("optimal_seconds"),
+        seconds=seconds if seconds > 0 else None,
     )
 
 
+def _text(compiled: Any) -> str:
+    """HLO; or the serialized program, where JAX cannot read back what libtpu writes (asynchronous
+    calls to a TPU7x's sparse cores).
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return _SERIALIZED + compiled.runtime_executable().serialize().decode("utf-8", "replace")
+
+
 def _vmem_bytes(text: str) -> tuple[int, ...]:
-    """Scoped allocation of each custom call: memory space 1 is the vector memory."""
+    """Scoped allocation of each kernel: memory space 1 is the vector memory."""
     found = []
-    for line in text.splitlines():
-        if 'custom_call_target="tpu_custom_call"' not in line:
-            continue
-        used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line)
-        sizes = re.findall(
-            r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used.group(1) if used else ""
-        )
+    for used in re.findall(
+        r'"custom_call_config":\{"body".*?"used_scoped_memory_configs":\[(.*?)\]', text
+    ):
+        sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used)
         found.append(sum(int(size) for size in sizes))
+    if text.startswith(_SERIALIZED):  # it holds the program twice
+        return tuple(found[: len(found) // 2])
     return tuple(found)
