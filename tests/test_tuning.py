@@ -89,6 +89,12 @@ def test_choices_of_other_code_are_passed_over():
     assert best(key(64), DEFAULT) == {"rows": 2}
 
 
+def test_a_generation_with_two_names_has_one_table():
+    one, other = (Key.of(KERNEL, {}, "int8", kind) for kind in ("TPU v5e", "TPU v5 lite"))
+    assert one == other
+    assert Key.of(KERNEL, {}, "int8", "NVIDIA H200").device_kind == "NVIDIA H200"
+
+
 def test_the_version_of_code_is_that_of_what_it_does():
     text = 'def f(x):\n    """Doubles."""\n    return 2 * x  # twice\n'
     assert version_of(text) == version_of("def f(x):\n\n    return (2 * x)\n")

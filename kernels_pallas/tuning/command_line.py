@@ -77,14 +77,16 @@ def tune(known: argparse.Namespace) -> int:
     from rich.console import Console
 
     from kernels_pallas.target import current_target
+    from kernels_pallas.tuning.key import device_name
     from kernels_pallas.tuning.store import cache_file
 
     began, target = time.perf_counter(), current_target()
-    path = known.table or cache_file(target.device_kind)
-    work = list(plan(known.kernels, known.shapes, target.platform, target.device_kind))
+    kind = device_name(target.device_kind)
+    path = known.table or cache_file(kind)
+    work = list(plan(known.kernels, known.shapes, target.platform, kind))
     left = work if known.again else [one for one in work if not _is_known(path, one.key)]
     console = Console(stderr=True)
-    console.print(f"{len(left)} of {len(work)} to measure on {target.device_kind}; into {path}")
+    console.print(f"{len(left)} of {len(work)} to measure on {kind}; into {path}")
     kept = 0
     try:
         for _ in _measure_all(left, path, began + known.budget_seconds, console):
@@ -205,9 +207,10 @@ def show(known: argparse.Namespace) -> int:
     from rich.console import Console
 
     from kernels_pallas.target import current_target
+    from kernels_pallas.tuning.key import device_name
     from kernels_pallas.tuning.store import cache_file, read, shipped_file
 
-    kind = known.device_kind or current_target().device_kind
+    kind = device_name(known.device_kind or current_target().device_kind)
     paths = [known.table] if known.table else [cache_file(kind), shipped_file(kind)]
     if known.table is not None and not known.table.is_file():
         raise ValueError(f"table {known.table} is no file")

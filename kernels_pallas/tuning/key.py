@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernels_pallas.target import current_target
+from kernels_pallas.tpu_topology import GENERATIONS, generation_of
 
 ROOM = Path(__file__).parents[1]
 FARTHEST = 2.0
@@ -26,7 +27,7 @@ class Key:
 
     kernel: "folder.module" of the code that takes the block sizes, such as "grouped_matmul.blocks";
         the module and those named after it (`module_*.py`) are its version.
-    device_kind: as `jax.Device.device_kind`.
+    device_kind: `device_name` of a `jax.Device.device_kind`.
     sizes: name and size, sorted; what was measured for near sizes serves as well.
     dtype: of the operands.
     options: name and value, sorted; these must agree.
@@ -49,7 +50,7 @@ class Key:
         """A key from names and values; `device_kind` None is the device being compiled for."""
         return Key(
             kernel,
-            current_target().device_kind if device_kind is None else device_kind,
+            device_name(current_target().device_kind if device_kind is None else device_kind),
             tuple(sorted((name, int(size)) for name, size in sizes.items())),
             dtype if isinstance(dtype, str) else jnp.dtype(dtype).name,
             tuple(sorted(options.items())),
@@ -63,9 +64,7 @@ class Key:
         """Octaves between two keys, added over the sizes; None where one says nothing about the
         other.
         """
-        if replace(self, sizes=()) != replace(other, sizes=()):
-            return None
-        if [name for name, _ in self.sizes] != [name for name, _ in other.sizes]:
+        if self.kernel != other.kernel or self._exact() != other._exact():
             return None
         apart = [
             abs(math.log2(max(mine, 1) / max(theirs, 1)))
@@ -73,9 +72,20 @@ class Key:
         ]
         return sum(apart) if max(apart, default=0.0) <= FARTHEST else None
 
+    def _exact(self) -> tuple[Any, ...]:
+        """What must agree."""
+        names = tuple(name for name, _ in self.sizes)
+        return self.device_kind, self.dtype, self.options, names
+
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in (*self.options, *self.sizes)]
         return f"{self.kernel} {self.dtype} {' '.join(parts)} on {self.device_kind}"
+
+
+def device_name(device_kind: str) -> str:
+    """One name for a TPU generation that has two; other devices as they are."""
+    generation = generation_of(device_kind)
+    return device_kind if generation is None else GENERATIONS[generation].device_kind
 
 
 def _power(size: int) -> int:
