@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import data.__main__ as data_command
+import kernels_pallas.tuning.command_line as kernels_command
 import model.__main__ as model_command
 from data.show import read_run
 from model import ModelConfig, init
@@ -71,6 +72,10 @@ def check_command(
         monkeypatch.setattr(data_command, "_show", reads)
         monkeypatch.setattr(data_command, "_tokenize", lambda known: None)
         assert data_command.main(arguments) == 0
+    elif program == "-m kernels_pallas":
+        for name in ("tune", "show"):
+            monkeypatch.setattr(kernels_command, name, lambda known: 0)
+        assert kernels_command.main(arguments) == 0
     else:
         importlib.import_module(program.removeprefix("-m "))
 
