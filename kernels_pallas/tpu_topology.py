@@ -151,7 +151,7 @@ class Compiled:
 
     text: the scheduled program, as HLO or, where that cannot be printed, serialized.
     vmem_bytes: on-chip memory of each kernel, in the order of the program; blocks with their double
-        buffers, scratch, and what the compiler spills.
+        buffers, scratch, and what the compiler spills. 0 where the compiler does not tell.
     argument_bytes, output_bytes, temp_bytes: memory of the program.
     flops, bytes_accessed: the compiler's count; inside a kernel it only knows the kernel's own
         `cost_estimate`.
@@ -246,10 +246,11 @@ def _text(compiled: Any) -> str:
 def _vmem_bytes(text: str) -> tuple[int, ...]:
     """Scoped allocation of each kernel: memory space 1 is the vector memory."""
     found = []
-    for used in re.findall(
-        r'"custom_call_config":\{"body".*?"used_scoped_memory_configs":\[(.*?)\]', text
-    ):
-        sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used)
+    for kernel in re.split(r'"custom_call_config": ?\{"body"', text)[1:]:
+        used = re.search(r'"used_scoped_memory_configs":\[([^\n]*?)\]', kernel)
+        sizes = re.findall(
+            r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used.group(1) if used else ""
+        )
         found.append(sum(int(size) for size in sizes))
     if text.startswith(_SERIALIZED):  # it holds the program twice
         return tuple(found[: len(found) // 2])

@@ -136,7 +136,7 @@ def _attend(q: Array, k: Array, v: Array, config: ModelConfig, context: Context)
     positions, segment_ids = context.positions, context.segment_ids
     encoder, layout = context.encoder, context.runtime.layout
     attend = attention
-    if layout is not None and layout.size("length") > 1:
+    if layout is not None:
         attend = functools.partial(context_attention, attention, layout=layout)
     return attend(
         encoder.rotate(q, positions),

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention import mask, merge
+from kernels_pallas.attention import merge, sees_anything
+from kernels_pallas.target import current_target
 from sharding.layout import Layout, axis_names
 
 Array = jax.Array
@@ -40,6 +41,9 @@ def context_attention(
     **options: Any,
 ) -> Array:
     """`attend` over sequences split along `context`; equal to `attend` on the whole arrays.
+
+    Sequences that are not split are attended to by each device for itself, so that a kernel, which
+    the compiler cannot partition, sees the arrays of one device.
 
     Args:
         attend: `kernels_pallas.attention.attention` or another with its arguments, differentiable
@@ -63,7 +67,7 @@ def context_attention(
         "query_segment_ids": query_segment_ids,
         "key_segment_ids": key_segment_ids,
     }
-    if layout.size("length") == 1:
+    if layout.size("length") == 1 and not _by_device(q, k, layout):
         return attend(q, k, v, **where, alibi_slopes=alibi_slopes, **options)
     _check(q, k, layout)
     inputs = (q, k, v, alibi_slopes, where)
@@ -93,7 +97,9 @@ def _local(
     """One device's part: its queries against all keys."""
     if layout.size("heads") != layout.size("kv_heads"):
         k, v = _own_kv_heads(q, k, v, layout)
-    seen = {name: options[name] for name in ("causal", "window") if name in options}
+    if layout.size("length") == 1:
+        return attend(q, k, v, **where, alibi_slopes=slopes)
+    seen = {name: options[name] for name in ("causal", "window", "sinks") if name in options}
     block = _skipping(attend, seen)
     return kind(block, axis_names(layout.spec(("length",))[0]), q, k, v, slopes, where)
 
@@ -122,8 +128,7 @@ def _skipping(attend: Callable[..., Any], seen: Mapping[str, Any]) -> Callable[.
             shape = (*q.shape[:-1], v.shape[-1])
             return jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf, jnp.float32)
 
-        visible = mask(**where, **seen)
-        return work() if visible is None else jax.lax.cond(jnp.any(visible), work, nothing)
+        return jax.lax.cond(sees_anything(**where, **seen), work, nothing)
 
     return block
 
@@ -238,14 +243,26 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
 
 
+def _by_device(q: Array, k: Array, layout: Layout) -> bool:
+    """Whether unsplit sequences are divided among the devices here, not by the compiler."""
+    if layout.mesh.size == 1 or current_target().platform == "cpu":
+        return False
+    return _uneven(q, k, layout) is None
+
+
 def _check(q: Array, k: Array, layout: Layout) -> None:
+    problem = _uneven(q, k, layout)
+    if problem is not None:
+        raise ValueError(f"context attention: {problem}")
+
+
+def _uneven(q: Array, k: Array, layout: Layout) -> str | None:
+    """Which axis does not divide over its devices."""
     sizes = {"batch": q.shape[0], "length": q.shape[1], "heads": q.shape[2]}
     sizes |= {"length of keys": k.shape[1], "kv_heads": k.shape[2]}
     for name, size in sizes.items():
         entry = layout.spec((name.split(" ")[0],))[0]
         pieces = math.prod(layout.mesh.shape[axis] for axis in axis_names(entry))
         if size % pieces:
-            raise ValueError(
-                f"context attention: {name} of {size} does not divide over {pieces} devices of "
-                f"mesh axis {entry!r}"
-            )
+            return f"{name} of {size} does not divide over {pieces} devices of mesh axis {entry!r}"
+    return None

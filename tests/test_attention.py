@@ -34,13 +34,13 @@ def numpy_attention(q, k, v, visible, scale, soft_cap=None, bias=None):
     return out, np.swapaxes(lse, 1, 2)
 
 
-def numpy_mask(q_pos, k_pos, q_seg, k_seg, causal, window):
+def numpy_mask(q_pos, k_pos, q_seg, k_seg, causal, window, sinks=0):
     distance = q_pos[:, :, None].astype(int) - k_pos[:, None, :]
     visible = np.ones(distance.shape, bool)
     if causal:
         visible &= distance >= 0
     if window is not None:
-        visible &= np.abs(distance) < window
+        visible &= (np.abs(distance) < window) | (k_pos < sinks)[:, None, :]
     if q_seg is not None:
         visible &= (q_seg[:, :, None] == k_seg[:, None, :]) & (q_seg[:, :, None] > 0)
     return visible
@@ -64,6 +64,7 @@ def calls(draw):
     options = {
         "causal": draw(st.booleans()),
         "window": draw(st.sampled_from([None, 1, 3])),
+        "sinks": draw(st.sampled_from([0, 2])),
         "soft_cap": draw(st.sampled_from([None, 2.0])),
         "scale": draw(st.sampled_from([0.3, 1.0])),
     }
@@ -71,7 +72,7 @@ def calls(draw):
     return q, k, v, positions, segments, slopes, options
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "window", "soft_cap", "scale"))
+@functools.partial(jax.jit, static_argnames=("causal", "window", "sinks", "soft_cap", "scale"))
 def compiled(q, k, v, positions, segments, slopes, **options):
     return attention(
         q,
@@ -94,7 +95,9 @@ def run(call):
 
 def run_numpy(call):
     q, k, v, positions, segments, slopes, options = call
-    visible = numpy_mask(*positions, *segments, options["causal"], options["window"])
+    visible = numpy_mask(
+        *positions, *segments, options["causal"], options["window"], options["sinks"]
+    )
     bias = None
     if slopes is not None:
         distance = np.abs(positions[0][:, :, None] - positions[1][:, None, :])
@@ -133,7 +136,9 @@ def test_gradients_equal_float64_differences_and_are_zero_for_queries_that_see_n
     )
     np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 2e-6, rtol=2e-3, atol=2e-4)
     assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
-    blind = ~numpy_mask(*positions, *segments, options["causal"], options["window"]).any(axis=-1)
+    blind = ~numpy_mask(
+        *positions, *segments, options["causal"], options["window"], options["sinks"]
+    ).any(axis=-1)
     assert not np.asarray(gradients[0])[blind].any()
 
 

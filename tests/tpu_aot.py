@@ -1,4 +1,4 @@
-"""What tests marked `tpu_aot` share: the mark with its visible skip, and a compile that must fit."""
+"""What tests marked `tpu_aot` share: the mark with its visible skip, and a compile that fits."""
 
 import pytest
 

@@ -8,20 +8,82 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from kernels_pallas.attention import reference
+import jax
+import jax.numpy as jnp
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"plain": reference.attention}
+from kernels_pallas.attention import flash, reference, tpu
+from kernels_pallas.attention.chunked import Chunked
+from kernels_pallas.target import current_target, warn_once
+
+Array = jax.Array
+
+MOST_SCORE_BYTES = 4 * 2**30
+"""Scores of a whole call beyond which they are computed block by block."""
+FEWEST_QUERIES = 32
+"""With fewer queries a row of scores is small, and blocks of queries mostly padding."""
+
+
+def _chunked(q: Array, k: Array, v: Array, **options: Any) -> Any:
+    """The chunked engine; takes any mixture of types."""
+    kind = jnp.result_type(q, k, v)
+    rows, columns = (
+        _even(length, most) for length, most in ((q.shape[1], 512), (k.shape[1], 1024))
+    )
+    engine = Chunked(q.shape[2] // k.shape[2], rows, columns)
+    found = flash.attention(engine, *(x.astype(kind) for x in (q, k, v)), **options)
+    if options.get("return_lse"):
+        return found[0].astype(q.dtype), found[1]
+    return found.astype(q.dtype)
+
+
+def _even(length: int, most: int) -> int:
+    pieces = max(1, -(-length // most))
+    return max(1, -(-length // pieces))
+
+
+def _tpu(q: Array, k: Array, v: Array, **options: Any) -> Any:
+    target, obstacle = current_target(), tpu.obstacle(q, k, v)
+    if target.platform != "tpu":
+        obstacle = f"this program is compiled for {target.platform}"
+    if obstacle is not None:
+        raise ValueError(f"attention implementation 'tpu': {obstacle}")
+    return flash.attention(tpu.engine_for(target, q, k, v), q, k, v, **options)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "plain": reference.attention,
+    "chunked": _chunked,
+    "tpu": _tpu,
+}
 """Name -> function with the signature of `reference.attention`."""
 
 
-def attention(*args: Any, implementation: str | None = None, **options: Any) -> Any:
-    """`reference.attention` by a named implementation; None picks the best one for the current
-    backend.
+def attention(
+    q: Array, k: Array, v: Array, *, implementation: str | None = None, **options: Any
+) -> Any:
+    """`reference.attention` by a named implementation; None picks the best one for the device that
+    the program is traced for, by shape and type. Where no kernel serves, the plain function does,
+    with one warning.
 
     Raises `ValueError` naming the nearest known implementation.
     """
-    name = implementation or "plain"
-    if name not in IMPLEMENTATIONS:
-        near = ", ".join(difflib.get_close_matches(name, IMPLEMENTATIONS, cutoff=0.0))
-        raise ValueError(f"attention implementation {name!r} is not known; nearest: {near}")
-    return IMPLEMENTATIONS[name](*args, **options)
+    if implementation is None:
+        reference.check(q, k, v, options.get("query_segment_ids"), options.get("key_segment_ids"))
+        implementation = _best(q, k, v)
+    if implementation not in IMPLEMENTATIONS:
+        near = ", ".join(difflib.get_close_matches(implementation, IMPLEMENTATIONS, cutoff=0.0))
+        raise ValueError(
+            f"attention implementation {implementation!r} is not known; nearest: {near}"
+        )
+    return IMPLEMENTATIONS[implementation](q, k, v, **options)
+
+
+def _best(q: Array, k: Array, v: Array) -> str:
+    batch, queries, heads, _ = q.shape
+    if current_target().platform == "tpu" and queries >= FEWEST_QUERIES:
+        obstacle = tpu.obstacle(q, k, v)
+        if obstacle is None:
+            return "tpu"
+        warn_once("attention", obstacle)
+    scores = 4 * batch * heads * queries * k.shape[1]
+    return "chunked" if scores > MOST_SCORE_BYTES else "plain"

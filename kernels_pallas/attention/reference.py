@@ -31,6 +31,7 @@ def attention(
     key_segment_ids: Array | None = None,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
     soft_cap: float | None = None,
     alibi_slopes: Array | None = None,
     scale: float | None = None,
@@ -48,6 +49,8 @@ def attention(
         key_segment_ids: `int32[batch, keys]`.
         causal: keys after the query are hidden.
         window: distances 0..window-1 are seen (the query's own position counts as one).
+        sinks: with a window, each query also sees the first `sinks` positions of its document,
+            those numbered 0 to sinks-1 (Han et al. 2023, "LM-Infinite").
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)` (Gemma 2).
         alibi_slopes: `[heads]`; `slope * distance` is subtracted from the scores (ALiBi).
         scale: multiplies `q . k`; None is `head_dim ** -0.5`.
@@ -58,7 +61,7 @@ def attention(
         `float32[batch, queries, heads]`. A query that may see nothing gives 0 and `-inf`, with zero
         gradients.
     """
-    _check(q, k, v, (query_segment_ids is None) == (key_segment_ids is None))
+    check(q, k, v, query_segment_ids, key_segment_ids)
     batch, queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     factor = head_dim**-0.5 if scale is None else scale
@@ -73,7 +76,7 @@ def attention(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     visible = mask(
-        query_positions, key_positions, query_segment_ids, key_segment_ids, causal, window
+        query_positions, key_positions, query_segment_ids, key_segment_ids, causal, window, sinks
     )
     weights, total, lse = _exponentials(scores, visible)
     out = jnp.einsum(
@@ -93,6 +96,7 @@ def mask(
     key_segment_ids: Array | None = None,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
 ) -> Array | None:
     """What each query may see: `bool[batch, queries, keys]`, or None if everything.
 
@@ -103,7 +107,8 @@ def mask(
     if causal:
         conditions.append(distance >= 0)
     if window is not None:
-        conditions.append(distance < window if causal else jnp.abs(distance) < window)
+        near = (distance if causal else jnp.abs(distance)) < window
+        conditions.append(near | (key_positions < sinks)[:, None, :] if sinks else near)
     if query_segment_ids is not None and key_segment_ids is not None:
         same = query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
         conditions.append(same & (query_segment_ids[:, :, None] > 0))
@@ -152,7 +157,10 @@ def _exponentials(scores: Array, visible: Array | None) -> tuple[Array, Array, A
     return weights, safe, jnp.where(seen, jnp.log(safe) + peak, -jnp.inf)[..., 0]
 
 
-def _check(q: Array, k: Array, v: Array, segments_paired: bool) -> None:
+def check(
+    q: Array, k: Array, v: Array, query_segment_ids: Array | None, key_segment_ids: Array | None
+) -> None:
+    """Raise `ValueError` if the arguments of `attention` do not go together."""
     if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             "attention takes q [batch, queries, heads, dim], k and v [batch, keys, kv_heads, dim]; "
@@ -160,5 +168,5 @@ def _check(q: Array, k: Array, v: Array, segments_paired: bool) -> None:
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
-    if not segments_paired:
+    if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError("query_segment_ids and key_segment_ids come together or not at all")
