@@ -139,7 +139,7 @@ def test_writers_at_the_same_time_lose_nothing_and_readers_see_whole_files(tmp_p
         time.sleep(0.005)
     assert [one.returncode for one in running] == [0, 0, 0]
     assert len(read(path)) == 60
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["table.json", "table.lock"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".table.json.lock", "table.json"]
 
 
 def looking_up(x):

@@ -100,7 +100,7 @@ def _choice(row: dict[str, Any], device_kind: str) -> tuple[Key, Choice]:
 def write(path: Path, table: Table) -> None:
     """Add choices to a file, of one device kind; what it holds for other keys stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    with _locked(path.with_name(f".{path.name}.lock")):
         _replace(path, _text({**read(path), **table}))
 
 
