@@ -1,0 +1,113 @@
+"""The quantized product compiled for every TPU generation, alone and inside shard_map."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from tpu_aot import compile_and_fit, on_every_generation
+
+from kernels_pallas.quantized_matmul import SHAPES, cost, packed_rows, quantized_matmul
+from kernels_pallas.tpu_topology import described_mesh
+
+
+def arrays(rows, columns, bits, group, *, zeros=False, table=False, form="packed"):
+    groups = rows // (group or rows)
+    kind = jax.ShapeDtypeStruct
+    made = {"scales": kind((groups, columns), jnp.float32)}
+    if form == "packed":
+        made["codes"] = kind((packed_rows(rows, bits), columns), jnp.uint32)
+    else:
+        made["codes"] = kind((rows, columns), jnp.int8)
+    if zeros:
+        made["zeros"] = kind((groups, columns), jnp.float32)
+    if table:
+        made["table"] = kind((2**bits,), jnp.float32)
+    return made
+
+
+def x_of(m, rows):
+    return jax.ShapeDtypeStruct((m, rows), jnp.bfloat16)
+
+
+@on_every_generation
+@pytest.mark.parametrize("name", ["llama3_8b_query_int4", "llama3_8b_up_int3", "llama3_8b_up_nf4"])
+def test_decoding_reads_the_packed_codes_once_and_keeps_no_matrix(name, generation):
+    shape = SHAPES[name]
+    made = arrays(
+        shape.rows, shape.columns, shape.bits, shape.group, zeros=shape.zeros, table=shape.table
+    )
+    product = functools.partial(quantized_matmul, bits=shape.bits, group=shape.group)
+    compiled = compile_and_fit(
+        lambda x, made: product(x, **made), (x_of(shape.m, shape.rows), made), generation, kernels=1
+    )
+    assert compiled.temp_bytes < 2**20
+    _, moved = cost(
+        shape.m, shape.rows, shape.columns, bits=shape.bits, group=shape.group, zeros=shape.zeros
+    )
+    assert compiled.argument_bytes + compiled.output_bytes == pytest.approx(moved, rel=0.05)
+
+
+@on_every_generation
+def test_a_training_step_of_adapters_compiles_over_frozen_codes(generation):
+    made = arrays(1024, 1280, 4, 64, table=True)
+
+    def loss(x, made):
+        return jnp.sum(quantized_matmul(x, bits=4, group=64, **made).astype(jnp.float32) ** 2)
+
+    compiled = compile_and_fit(jax.grad(loss), (x_of(64, 1024), made), generation, kernels=2)
+    assert compiled.temp_bytes < 1024 * 1280 * 4
+
+
+@on_every_generation
+def test_grouped_int8_has_a_kernel_and_per_column_int8_is_left_to_xla(generation):
+    for group, kernels in ((128, 0 if generation == "v4" else 1), (None, 0)):
+        made = arrays(1024, 512, 8, group, form="int8")
+        compile_and_fit(
+            lambda x, made, group=group: quantized_matmul(x, group=group, **made),
+            (x_of(8, 1024), made),
+            generation,
+            kernels=kernels,
+        )
+
+
+@on_every_generation
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_matrices_may_be_split_over_a_mesh(split, generation):
+    mesh = described_mesh(generation, {"tensor": 2})
+    made = arrays(2048, 512, 4, 128, zeros=True)
+    whole = P("tensor", None) if split == "rows" else P(None, "tensor")
+    x_spec, y_spec = (P(None, "tensor"), P()) if split == "rows" else (P(), P(None, "tensor"))
+
+    def product(x, made):
+        y = quantized_matmul(x, bits=4, group=128, **made)
+        return jax.lax.psum(y, "tensor") if split == "rows" else y
+
+    specs = (x_spec, dict.fromkeys(made, whole))
+    mapped = jax.shard_map(product, mesh=mesh, in_specs=specs, out_specs=y_spec)
+    compiled = compile_and_fit(
+        mapped, (x_of(8, 2048), made), generation, kernels=1, mesh=mesh, specs=(x_spec, whole)
+    )
+    assert compiled.temp_bytes < 2**20
+
+
+@on_every_generation
+def test_what_no_kernel_takes_runs_plainly_with_one_warning(generation):
+    made = arrays(256, 128, 4, 64)
+
+    def lower():
+        halves = jax.ShapeDtypeStruct((4, 256), jnp.float16)
+        mesh = described_mesh(generation)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.make_jaxpr(lambda x, m: quantized_matmul(x, bits=4, group=64, **m))(
+                halves, made
+            )
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert "pallas_call" not in str(lower())
+        lower()
+    assert len(caught) <= 1  # the first generation of this process says it for all
+    assert all("float16" in str(warning.message) for warning in caught)
