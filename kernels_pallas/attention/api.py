@@ -47,7 +47,8 @@ def _tpu(q: Array, k: Array, v: Array, **options: Any) -> Any:
         obstacle = f"this program is compiled for {target.platform}"
     if obstacle is not None:
         raise ValueError(f"attention implementation 'tpu': {obstacle}")
-    return flash.attention(tpu.engine_for(target, q, k, v), q, k, v, **options)
+    engine = tpu.engine_for(target, q, k, v, options.get("window"))
+    return flash.attention(engine, q, k, v, **options)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

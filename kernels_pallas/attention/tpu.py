@@ -4,6 +4,7 @@ any length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from kernels_pallas.attention.tpu_forward import LANES, Blocks, Call, forward
 from kernels_pallas.attention.visits import block_kinds, visits
 from kernels_pallas.target import Target
 from kernels_pallas.tpu_topology import GENERATIONS
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 
@@ -35,39 +37,87 @@ class Tuning:
     keys_resident: int
 
 
-def tuning_for(
-    generation: str | None, queries: int, keys: int, group: int, head_dim: int
-) -> Tuning:
-    """Block sizes for `group` query heads to a key head; None takes sizes that fit everywhere.
+def default_blocks(
+    generation: str | None, group: int, head_dim: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The largest blocks of the forward and of the backward kernel, where nothing was measured, for
+    `group` query heads to a key head; None takes sizes that fit everywhere.
 
     Compiled for every generation by `tests/test_attention_tpu.py`; not measured on a TPU.
     """
     small = generation in (None, "v4")
     wide = head_dim > LANES
     heads = 1 if small and wide else max(d for d in range(1, 5) if group % d == 0)
-    rows = _even(queries, 512 if heads > 1 or small or wide else 1024)
-    columns = _even(keys, 512 if small and wide else 1024)
-    at_once = _divisor(columns, 256 if small and wide else 512)
-    back_rows, back_columns = _divisor(rows, 256 if wide else 512), _divisor(columns, 512)
-    if small:
-        back_rows, back_columns = _divisor(rows, 256), _divisor(columns, 256)
     resident = {"v5e": 16384, "v5p": 8192, "v6e": 16384, "7x": 8192}.get(generation or "", 2048)
+    first = {
+        "heads": heads,
+        "queries": 512 if heads > 1 or small or wide else 1024,
+        "keys": 512 if small and wide else 1024,
+        "keys_at_once": 256 if small and wide else 512,
+    }
+    second = {
+        "queries": 256 if small or wide else 512,
+        "keys": 256 if small else 512,
+        "keys_resident": resident * LANES // max(LANES, head_dim),
+    }
+    return first, second
+
+
+def tuning_for(
+    generation: str | None, queries: int, keys: int, group: int, head_dim: int
+) -> Tuning:
+    """The default block sizes of a call."""
+    return fitted(*default_blocks(generation, group, head_dim), queries, keys)
+
+
+def fitted(first: Mapping[str, int], second: Mapping[str, int], queries: int, keys: int) -> Tuning:
+    """Blocks up to the sizes of `default_blocks` that cut these lengths with little padding."""
+    rows, columns = _even(queries, first["queries"]), _even(keys, first["keys"])
+    at_once = _divisor(columns, first["keys_at_once"])
+    back_rows, back_columns = _divisor(rows, second["queries"]), _divisor(columns, second["keys"])
     return Tuning(
-        Blocks(heads, rows, columns, at_once),
-        Blocks(heads, back_rows, back_columns, back_columns),
-        resident * LANES // max(LANES, head_dim),
+        Blocks(first["heads"], rows, columns, at_once),
+        Blocks(first["heads"], back_rows, back_columns, back_columns),
+        second["keys_resident"],
     )
 
 
-def engine_for(target: Target, q: Any, k: Any, v: Any) -> Tpu:
-    """The engine for arrays of these shapes."""
+def tuning_key(
+    kernel: str,
+    *,
+    queries: int,
+    keys: int,
+    window: int | None,
+    group: int,
+    head_dim: int,
+    dtype: Any,
+    device_kind: str,
+) -> Key:
+    """What the blocks of "tpu_forward" or "tpu_backward" depend on."""
+    sizes = {"queries": queries, "keys": keys, "window": min(window or keys, keys)}
+    return Key.of(f"attention.{kernel}", sizes, dtype, device_kind, group=group, head_dim=head_dim)
+
+
+def engine_for(target: Target, q: Any, k: Any, v: Any, window: int | None = None) -> Tpu:
+    """The engine for arrays of these shapes, with the block sizes that were measured for them."""
     group = q.shape[2] // k.shape[2]
     width = max(q.shape[-1], v.shape[-1])
-    tuning = tuning_for(target.generation, q.shape[1], k.shape[1], group, width)
+    call = {"queries": q.shape[1], "keys": k.shape[1], "window": window, "group": group}
+    call |= {"head_dim": width, "dtype": q.dtype, "device_kind": target.device_kind}
+
+    def fits(blocks: Mapping[str, Any]) -> bool:
+        lengths = [size for name, size in blocks.items() if name != "heads"]
+        return group % blocks.get("heads", 1) == 0 and all(n > 0 == n % LANES for n in lengths)
+
+    defaults = default_blocks(target.generation, group, width)
+    first, second = (
+        best(tuning_key(kernel, **call), default, fits=fits)
+        for kernel, default in zip(("tpu_forward", "tpu_backward"), defaults, strict=True)
+    )
     limit = None
     if target.generation not in (None, "v4"):
         limit = GENERATIONS[target.generation].vmem_bytes * 3 // 4
-    return Tpu(tuning, limit)
+    return Tpu(fitted(first, second, q.shape[1], k.shape[1]), limit)
 
 
 def obstacle(q: Any, k: Any, v: Any) -> str | None:

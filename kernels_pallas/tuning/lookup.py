@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -32,7 +33,7 @@ def best(
     *,
     fits: Callable[[Blocks], bool] | None = None,
     table: Table | None = None,
-) -> dict[str, int | str]:
+) -> dict[str, Any]:
     """Block sizes for a call.
 
     In this order: what `use` sets by hand; the bucket of the key in `table`, in the table of `use`,
@@ -84,7 +85,7 @@ def _checked(
     by_hand: dict[str, int | str],
     default: Blocks,
     fits: Callable[[Blocks], bool] | None,
-) -> dict[str, int | str]:
+) -> dict[str, Any]:
     wrong = by_hand.keys() - default.keys()
     if wrong:
         raise ValueError(
