@@ -33,6 +33,7 @@ from kernels_pallas.tpu_topology import (
 
 KERNELS: dict[str, str] = {
     "attention": "benchmarks.kernel_cases.attention",
+    "decode": "benchmarks.kernel_cases.decode",
 }
 """Operation -> module with `cases(generation) -> list[Case]`."""
 COLUMNS = (
