@@ -1,0 +1,265 @@
+"""Decode attention on a TPU: blocks of the cache stream from memory (`stream`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas.decode_attention import cost
+from kernels_pallas.decode_attention.softmax import Softmax, Unified
+from kernels_pallas.decode_attention.stream import Items, Masking, Place
+from kernels_pallas.decode_attention.stream_tpu import stream_attention
+from kernels_pallas.target import Target
+from kernels_pallas.tpu_topology import GENERATIONS
+
+Array = jax.Array
+MOST_ROWS = 2048
+"""Rows of queries of all kv heads in a tile: their sums wait in on-chip memory."""
+CLEANED = 32
+"""Keys that are made finite at a time: a whole tile of any type."""
+
+
+@dataclass(frozen=True)
+class DenseBlocks:
+    """Keys and values `[layers, batch, kv_heads, slots, dim]`, `keys` slots at a time."""
+
+    keys: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: Any
+
+    def buffers(self) -> Sequence[tuple[tuple[int, ...], Any]]:
+        """See `stream.Blocks`."""
+        lead = (self.kv_heads, self.keys)
+        return [((*lead, self.head_dim), self.dtype), ((*lead, self.value_dim), self.dtype)]
+
+    def visit(self, copy: Callable[[Any, Any], None], arrays: Any, buffers: Any, at: Place) -> None:
+        """See `stream.Blocks`."""
+        slots = pl.ds(pl.multiple_of(at.block * self.keys, self.keys), self.keys)
+        for array, buffer in zip(arrays, buffers, strict=True):
+            copy(array.at[at.layer, at.sequence, :, slots, :], buffer)
+
+    def clean(self, buffers: Any, valid: Any) -> None:
+        """See `stream.Blocks`; keys need it no more than their scores, which are hidden."""
+        chunk = CLEANED if self.keys % CLEANED == 0 else self.keys
+
+        def body(index: Any, _: Any) -> Any:
+            rows = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+            shape = (self.kv_heads, chunk, self.value_dim)
+            slot = index * chunk + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            old = buffers[1][:, rows, :].astype(jnp.float32)
+            buffers[1][:, rows, :] = jnp.where(slot < valid, old, 0).astype(self.dtype)
+            return 0
+
+        jax.lax.fori_loop(jnp.maximum(valid, 0) // chunk, self.keys // chunk, body, 0)
+
+    def scores(self, q: Array, buffers: Any, head: int) -> Array:
+        """See `stream.Blocks`."""
+        return dot(q, buffers[0][head], 1)
+
+    def values(self, weights: Array, buffers: Any, head: int) -> Array:
+        """See `stream.Blocks`."""
+        return dot(weights.astype(self.dtype), buffers[1][head], 0)
+
+
+def dot(a: Array, b: Array, over: int) -> Array:
+    """`a [m, k]` times `b [k, n]` (over 0) or `b [n, k]` (over 1), in float32; exact products."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((1,), (over,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    *,
+    layer: Any = None,
+    window: int | None = None,
+    sinks: int = 0,
+    rolling: bool = False,
+    soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    scale: float | None = None,
+    softmax: Softmax = "online",
+    return_lse: bool = False,
+    target: Target | None = None,
+    block: int | None = None,
+    interpret: Any = False,
+) -> Any:
+    """See `reference.decode_attention`. block: slots read at a time, which must divide them; None
+    chooses.
+    """
+    if layer is None:
+        k, v, layer = k[None], v[None], 0
+    batch, queries, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[2:4]
+    group = heads // kv_heads
+    seen = slots if window is None else min(slots, window + queries + sinks)
+    keys = block or block_of(slots, kv_heads, head_dim + v.shape[-1], k.dtype) or slots
+    rows = padded_rows(queries * group, q.dtype)
+    masking = Masking(
+        queries,
+        group,
+        rows,
+        head_dim**-0.5 if scale is None else scale,
+        window=window,
+        sinks=sinks,
+        ring=slots if rolling else None,
+        soft_cap=soft_cap,
+        unified=(softmax.low, softmax.high) if isinstance(softmax, Unified) else None,
+        alibi=alibi_slopes is not None,
+        return_lse=return_lse,
+    )
+    out, lse = stream_attention(
+        stack_rows(q, kv_heads, rows),
+        (k, v),
+        dense_items(lengths, queries, slots, keys, masking),
+        jnp.int32(batch),
+        masking=masking,
+        blocks=DenseBlocks(keys, kv_heads, head_dim, v.shape[-1], k.dtype),
+        layer=layer,
+        slopes=per_row(alibi_slopes, queries, kv_heads, rows),
+        phi=per_row(softmax.phi if isinstance(softmax, Unified) else None, queries, kv_heads, rows),
+        cores=cores_for(target, batch),
+        vmem_bytes=vmem_for(target),
+        cost=cost.estimate(*cost.decode_attention(q, k[0], v[0], tokens=batch * seen)),
+        interpret=interpret,
+    )
+    out = unstack_rows(out, queries, group)
+    if lse is None:
+        return out
+    return out, unstack_rows(lse[..., :1], queries, group)[..., 0]
+
+
+def obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any]) -> str | None:
+    """Why the kernel does not serve; None if it does."""
+    q, k, v = (arguments[name] for name in "qkv")
+    _, queries, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[-3:-1]
+    if block_of(slots, kv_heads, head_dim + v.shape[-1], k.dtype) is None:
+        return (
+            f"{slots} slots of {kv_heads} kv heads are too many for one block, and no number of "
+            "slots that fits divides them; make the cache a multiple of 128 long"
+        )
+    return types_obstacle(q, k, v) or rows_obstacle(queries * heads // kv_heads, kv_heads)
+
+
+def types_obstacle(*arrays: Any) -> str | None:
+    """Why these types are not served; None if they are."""
+    kinds = {jnp.dtype(x.dtype) for x in arrays}
+    if len(kinds) == 1 and kinds <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
+        return None
+    names = ", ".join(sorted(str(kind) for kind in kinds))
+    return f"queries and cache are {names}; the TPU kernel takes bfloat16 or float32, both the same"
+
+
+def rows_obstacle(rows: int, kv_heads: int) -> str | None:
+    """Why so many rows a kv head are not served; None if they are."""
+    if rows * kv_heads <= MOST_ROWS:
+        return None
+    return (
+        f"{rows * kv_heads} rows of queries a sequence; decoding takes at most {MOST_ROWS}, "
+        "attention takes more"
+    )
+
+
+def cores_for(target: Target | None, tiles: int) -> int:
+    """Tensor cores that share the tiles: all that the device has, if they divide evenly."""
+    if target is None or target.generation is None:
+        return 1
+    cores = GENERATIONS[target.generation].cores
+    return cores if tiles % cores == 0 else 1
+
+
+def vmem_for(target: Target | None) -> int | None:
+    """Limit of on-chip memory; None is the compiler's own."""
+    if target is None or target.generation in (None, "v4"):
+        return None
+    return GENERATIONS[target.generation].vmem_bytes * 3 // 4
+
+
+def dense_items(lengths: Array, queries: int, slots: int, keys: int, masking: Masking) -> Items:
+    """One item a sequence, its window's blocks only."""
+    batch = lengths.shape[0]
+    number = jnp.arange(batch, dtype=jnp.int32)
+    used = jnp.minimum(lengths, slots)
+    stop = jnp.maximum((used + keys - 1) // keys, 1)
+    begin = number * queries
+    oldest = lengths - queries - (masking.window or 0) + 1
+    first, sinks = seen_blocks(oldest, stop, keys, masking)
+    one = jnp.ones(batch, jnp.int32)
+    shift = lengths - queries - begin
+    return Items(
+        number,
+        number,
+        first,
+        sinks,
+        sinks + stop - first,
+        begin,
+        begin + queries,
+        shift,
+        used,
+        one,
+        one,
+    )
+
+
+def seen_blocks(oldest: Array, stop: Array, keys: int, masking: Masking) -> tuple[Array, Array]:
+    """The first block that a window needs, and how many blocks before it the sinks need."""
+    if masking.window is None or masking.ring is not None:
+        return jnp.zeros_like(stop), jnp.zeros_like(stop)
+    first = jnp.clip(oldest // keys, 0, stop - 1)
+    return first, jnp.minimum(first, -(-masking.sinks // keys))
+
+
+def stack_rows(q: Array, kv_heads: int, rows: int) -> Array:
+    """`[tiles, tokens, heads, dim]` -> `[tiles, kv_heads, rows, dim]`: tokens and the heads of a kv
+    head side by side, padded with zeros.
+    """
+    tiles, tokens, heads, dim = q.shape
+    q = jnp.swapaxes(q.reshape(tiles, tokens, kv_heads, heads // kv_heads, dim), 1, 2)
+    q = q.reshape(tiles, kv_heads, -1, dim)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, rows - q.shape[2]), (0, 0)))
+
+
+def unstack_rows(out: Array, tokens: int, group: int) -> Array:
+    """`[tiles, kv_heads, rows, dim]` -> `[tiles, tokens, heads, dim]`."""
+    tiles, kv_heads, _, dim = out.shape
+    out = out[:, :, : tokens * group].reshape(tiles, kv_heads, tokens, group, dim)
+    return jnp.swapaxes(out, 1, 2).reshape(tiles, tokens, kv_heads * group, dim)
+
+
+def per_row(values: Array | None, tokens: int, kv_heads: int, rows: int) -> Array | None:
+    """`[heads]` -> float32 `[kv_heads, rows, 1]`, as the rows of a tile are stacked."""
+    if values is None:
+        return None
+    each = jnp.broadcast_to(values.astype(jnp.float32)[None, :, None], (tokens, *values.shape, 1))
+    return stack_rows(each[None], kv_heads, rows)[0]
+
+
+def padded_rows(rows: int, dtype: Any) -> int:
+    """A whole number of tiles: 8 rows of 32 bits, 16 of 16; few rows stay 8."""
+    unit = 8 if rows <= 8 else 8 * 4 // jnp.dtype(dtype).itemsize
+    return -(-rows // unit) * unit
+
+
+def block_of(slots: int, kv_heads: int, dims: int, dtype: Any, budget: int = 2**21) -> int | None:
+    """Slots to read at a time: as many whole tiles as divide them and keep a block below `budget`
+    bytes, or all of them if no number does and they are few; else None.
+    """
+    item = jnp.dtype(dtype).itemsize
+    unit, slot = 8 * 4 // item, kv_heads * dims * item
+    most = budget // slot
+    fitting = [n for n in range(unit, most + 1, unit) if slots % n == 0 and n >= most // 8]
+    if slots > most and fitting:
+        return max(fitting)
+    return slots if slots <= 3 * most else None
