@@ -8,6 +8,7 @@ carries the cache, so that no second cache is ever allocated.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ def hidden_states(
     x = _embed(params, x, positions, config, runtime, rng)
     taken = {"embeddings": x} if "embeddings" in wanted else {}
     reports, caches = [], {}
-    for segment in _until(config.segments, stop):
+    for segment in _until(segments_of(params, config), stop):
         carry = {} if cache is None else {"cache": cache.segments[segment.name]}
         encoder = PositionEncoder(segment.layer, longest).prepared(positions)
         context = _context(segment, positions, segment_ids, encoder, runtime, rng, meta)
@@ -114,6 +115,14 @@ def hidden_states(
     if cache is not None and meta is not None:
         merged["cache"] = cache.advance(caches, meta)
     return x, merged
+
+
+def segments_of(params: Params, config: ModelConfig) -> tuple[Segment, ...]:
+    """How the params cut the layers: as the config does, or each layer by itself
+    (`layers_apart`).
+    """
+    cuts = ((s,) if s.name in params["layers"] else s.apart() for s in config.segments)
+    return tuple(itertools.chain.from_iterable(cuts))
 
 
 def _inputs(

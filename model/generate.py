@@ -19,14 +19,17 @@ import numpy as np
 
 from model.caches import DecoderCache, init_cache
 from model.config import ModelConfig
-from model.decoder import hidden_states
+from model.decoder import hidden_states, segments_of
 from model.head import logits
+from model.layers_apart import can_be_apart, layers_apart
 from model.runtime import DEFAULT_RUNTIME, Runtime
 from model.sampling import GREEDY, Sampling, sample
 
 Array = jax.Array
 SMALLEST_WIDTH = 16
 """Prompts are padded to a power of two from here on, so that few widths are ever compiled."""
+SMALLEST_ROOM = 16
+"""So is the room for new tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,18 +85,28 @@ def generate(
     padded = np.zeros((len(rows), width), np.int32)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
-    return _generate(
+    if runtime.layout is None and can_be_apart(params):
+        params = layers_apart(params)
+    room = max(SMALLEST_ROOM, 1 << (max_new_tokens - 1).bit_length())
+    made = _generate(
         params,
         padded,
         np.asarray([len(row) for row in rows], np.int32),
+        np.int32(max_new_tokens),
         jax.random.key(0) if rng is None else rng,
         config=config,
-        max_new_tokens=max_new_tokens,
+        room=room,
         sampling=sampling,
         stop_tokens=tuple(stop_tokens),
         runtime=runtime,
         pad_token=pad_token,
         chunk=chunk,
+    )
+    if room == max_new_tokens:
+        return made
+    # Cut on the host: on a device each length would be compiled.
+    return dataclasses.replace(
+        made, tokens=jnp.asarray(np.asarray(made.tokens)[:, :max_new_tokens])
     )
 
 
@@ -101,7 +114,7 @@ def generate(
     jax.jit,
     static_argnames=(
         "config",
-        "max_new_tokens",
+        "room",
         "sampling",
         "stop_tokens",
         "runtime",
@@ -113,10 +126,11 @@ def _generate(
     params: Mapping[str, Any],
     prompts: Array,
     lengths: Array,
+    max_new_tokens: Array,
     rng: Array,
     *,
     config: ModelConfig,
-    max_new_tokens: int,
+    room: int,
     sampling: Sampling,
     stop_tokens: tuple[int, ...],
     runtime: Runtime,
@@ -130,11 +144,12 @@ def _generate(
     cache = init_cache(
         config,
         batch,
-        width + max_new_tokens,
+        width + room,
         planned_length=jnp.max(lengths) + max_new_tokens,
         chunk=chunk,
         dtype=runtime.compute_dtype,
         layout=runtime.layout,
+        segments=segments_of(params, config),
     )
 
     def draw(hidden: Array, step: Array | int) -> Array:
@@ -160,7 +175,7 @@ def _generate(
 
     cache, hidden = _prefill(params, prompts, lengths, cache, config, runtime, chunk)
     first = draw(hidden, 0)
-    tokens = jnp.full((batch, max_new_tokens), pad_token, jnp.int32).at[:, 0].set(first)
+    tokens = jnp.full((batch, room), pad_token, jnp.int32).at[:, 0].set(first)
     counts = jnp.ones(batch, jnp.int32)
     state = (jnp.asarray(1), cache, first, tokens, counts, _ends(first))
     _, _, _, tokens, counts, _ = jax.lax.while_loop(unfinished, turn, state)

@@ -19,10 +19,13 @@ from model import (
     forward,
     generate,
     hidden_states,
+    init,
     init_cache,
     sample,
 )
 from model.caches import Dense, Rolling
+from model.generate import _generate
+from model.layers_apart import can_be_apart, layers_apart
 from model.sampling import restrict
 
 CONFIG = ModelConfig(vocab_size=37, d_model=16, num_layers=2, num_heads=4, kv_heads=2, d_ff=24)
@@ -190,3 +193,34 @@ def test_bfloat16_generation_runs_in_the_compute_type():
     runtime = Runtime(compute_dtype="bfloat16")
     out = generate(params_of(CONFIG), PROMPTS, CONFIG, max_new_tokens=3, runtime=runtime)
     assert out.tokens.shape == (3, 3)
+
+
+def test_lengths_of_one_bucket_share_a_compiled_program():
+    config = ModelConfig(vocab_size=40, d_model=16, num_layers=2, num_heads=2)
+    params = init(config, jax.random.key(0))
+    longest = generate(params, [[1, 2, 3]], config, max_new_tokens=16)
+    before = _generate._cache_size()
+    for new in (1, 2, 9, 15):
+        made = generate(params, [[1, 2, 3]], config, max_new_tokens=new)
+        assert made.tokens.shape == (1, new)
+        np.testing.assert_array_equal(made.tokens, longest.tokens[:, :new])
+        assert made.lengths.tolist() == [new]
+    assert _generate._cache_size() == before
+
+
+def test_layers_taken_apart_are_the_same_model_in_the_same_memory():
+    config = ModelConfig(
+        vocab_size=40,
+        d_model=16,
+        num_layers=3,
+        num_heads=2,
+        layer_overrides=((1, "sliding_window", 4),),
+    )
+    params = init(config, jax.random.key(0))
+    assert can_be_apart(params)
+    apart = layers_apart(params)
+    assert list(apart["layers"]) == ["000-001", "001-002", "002-003"]
+    tokens = jnp.arange(10)[None]
+    np.testing.assert_array_equal(
+        forward(apart, tokens, config)[0], forward(params, tokens, config)[0]
+    )

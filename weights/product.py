@@ -61,7 +61,17 @@ def _dot(a: Array, b: Array, over_a: tuple[int, ...], over_b: tuple[int, ...]) -
 
 
 def _plain(x: Array, weight: Array, *, contract: int) -> Array:
-    return _dot(x, weight.astype(x.dtype), (x.ndim - 1,), (contract,))
+    def one() -> Array:
+        return _dot(x, weight.astype(x.dtype), (x.ndim - 1,), (contract,))
+
+    def two() -> Array:
+        rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
+        y = _dot(rows, weight.astype(x.dtype), (1,), (contract,))
+        return y[:1].reshape(*x.shape[:-1], -1)
+
+    if x.dtype == jnp.bfloat16 and x.size == x.shape[-1]:
+        return jax.lax.platform_dependent(cpu=two, default=one)
+    return one()
 
 
 def _mapped(arguments: Any, axes: Any, *, contract: int) -> tuple[Array, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ def init_cache(
     kind: str | None = None,
     dtype: Any = jnp.float32,
     layout: Layout | None = None,
+    segments: Sequence[Segment] | None = None,
 ) -> DecoderCache:
     """An empty cache for `batch` rows of up to `capacity` tokens.
 
@@ -44,17 +45,18 @@ def init_cache(
             smaller.
         dtype: of stored keys and values.
         layout: where it lives.
+        segments: how the params cut the layers (`segments_of`); None is `config.segments`.
     """
     if kind is not None and kind not in CACHES:
         raise ValueError(f"cache kind {kind!r}; nearest: {nearest(kind, CACHES) or list(CACHES)}")
-    segments = {}
-    for segment in config.segments:
+    caches = {}
+    for segment in segments or config.segments:
         name = kind or _smaller(segment, capacity, chunk or capacity)
-        segments[segment.name] = CACHES[name](
+        caches[segment.name] = CACHES[name](
             segment, batch, capacity, chunk or capacity, dtype, layout
         )
     planned = capacity if planned_length is None else planned_length
-    return DecoderCache(segments, jnp.zeros(batch, jnp.int32), jnp.asarray(planned, jnp.int32))
+    return DecoderCache(caches, jnp.zeros(batch, jnp.int32), jnp.asarray(planned, jnp.int32))
 
 
 def _smaller(segment: Segment, capacity: int, chunk: int) -> str:

@@ -53,8 +53,15 @@ def write(store: Array, layer: Any, slots: Array, x: Array) -> Array:
     """`[layers, batch, kv_heads, slots, dim]` with x `[batch, length, kv_heads, dim]` at slots
     `[batch, length]`.
 
-    Slots out of range are dropped.
+    Slots out of range are dropped. A single token is written twice: XLA would turn one write into
+    an update of a slice, fuse that into each of its users and so copy the cache.
     """
+    if x.shape[1] == 1 and store.dtype == jnp.bfloat16:
+        here = (jnp.arange(store.shape[3]) == slots)[:, None, :, None]
+        new = jnp.where(here, jnp.swapaxes(x.astype(store.dtype), 1, 2), store[layer])
+        return store.at[layer].set(new)
+    if slots.size == 1:
+        slots, x = jnp.repeat(slots, 2, axis=1), jnp.repeat(x, 2, axis=1)
     rows = jnp.arange(x.shape[0])[:, None]
     return store.at[layer, rows, :, slots].set(x.astype(store.dtype), mode="drop")
 

@@ -17,7 +17,6 @@ gathered, or the partial products added up.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +102,33 @@ def _sorted(
     return finish(rows, plan, routing, x.dtype)
 
 
+@dataclass(frozen=True)
+class _Split:
+    """Over which mesh axes tokens and experts are split.
+
+    batch, length, experts: of these.
+    gathered: those of `experts` that also split the batch, so tokens meet along them.
+    partial: those along which devices give parts of a sum.
+    """
+
+    batch: tuple[str, ...]
+    length: tuple[str, ...]
+    experts: tuple[str, ...]
+    gathered: tuple[str, ...]
+    partial: tuple[str, ...]
+
+
+def _split(work: Work, x: Array, layout: Layout) -> _Split:
+    batch, length = (
+        _dividing(layout, axis, size)
+        for axis, size in zip(("batch", "length"), x.shape[:2], strict=True)
+    )
+    experts = _mesh_axes(layout, "experts")
+    gathered = tuple(axis for axis in experts if axis in batch)
+    others = tuple(axis for axis in experts if axis not in batch)
+    return _Split(batch, length, experts, gathered, others + _mesh_axes(layout, work.sums))
+
+
 def _sharded(
     work: Work,
     finish: Callable[..., Array],
@@ -113,47 +139,35 @@ def _sharded(
     combined: bool,
     capacity: int | None,
 ) -> Array:
-    """`_sorted` or `_exchanged` on every device of the mesh, which holds a part of tokens and
+    """`_gathered` or `_exchanged` on every device of the mesh, which holds a part of tokens and
     experts.
     """
     check_experts(layout, _count(kernels))
-    batch, length = (
-        _dividing(layout, axis, size)
-        for axis, size in zip(("batch", "length"), x.shape[:2], strict=True)
-    )
-    over_experts = _mesh_axes(layout, "experts")
-    gathered = tuple(axis for axis in over_experts if axis in batch)
-    partial = tuple(axis for axis in over_experts if axis not in batch)
-    partial += _mesh_axes(layout, work.sums)
-    width = _size(layout, length)
-    slots = 0 if capacity is None else -(-capacity // width) * width
-    exchange = slots > 0 and gathered != () and gathered == over_experts
+    split = _split(work, x, layout)
+    tokens = PartitionSpec(split.batch or None, split.length or None)
+    slot = () if combined else (None,)
 
     def local(kernels: Any, x: Array, routing: Routing) -> Array:
         kernels = _whole(work, kernels, layout)
-        if exchange:
-            out = _exchanged(work, finish, kernels, x, routing, slots, over_experts, length)
-        else:
-            first = jax.lax.axis_index(over_experts) * _count(kernels) if over_experts else 0
-            out = _gathered(work, finish, kernels, x, routing, first, gathered)
-        return out[None]
+        if capacity is None or not split.gathered or split.gathered != split.experts:
+            return _gathered(work, finish, kernels, x, routing, split)[None]
+        return _exchanged(work, finish, kernels, x, routing, capacity, split)[None]
 
-    rows = (batch or None, length or None)
-    slot = () if combined else (None,)
-    wide = (None,) * (x.ndim - 3)
     out = jax.shard_map(
         local,
         mesh=layout.mesh,
         in_specs=(
             {name: _spec(work, name, weight, layout) for name, weight in kernels.items()},
-            PartitionSpec(*rows, *wide, *layout.spec((work.inputs,))),
-            PartitionSpec(*rows),
+            PartitionSpec(*tokens, *(None,) * (x.ndim - 3), *layout.spec((work.inputs,))),
+            tokens,
         ),
-        out_specs=PartitionSpec(partial or None, *rows, *slot, *layout.spec((work.outputs,))),
+        out_specs=PartitionSpec(
+            split.partial or None, *tokens, *slot, *layout.spec((work.outputs,))
+        ),
         check_vma=False,
     )(kernels, x, routing)
     # Partial sums stand on an axis of their own: added here, their gradient costs no traffic.
-    return jnp.sum(out, axis=0) if partial else out[0]
+    return jnp.sum(out, axis=0) if split.partial else out[0]
 
 
 def _gathered(
@@ -162,16 +176,16 @@ def _gathered(
     kernels: Any,
     x: Array,
     routing: Routing,
-    first: Any,
-    axes: tuple[str, ...],
+    split: _Split,
 ) -> Array:
-    """This device's experts on the tokens of all devices along `axes`, summed where they live."""
-    if not axes:
+    """This device's experts on the tokens of all devices of its group, summed where they live."""
+    first = jax.lax.axis_index(split.experts) * _count(kernels) if split.experts else 0
+    if not split.gathered:
         return _sorted(work, finish, kernels, x, routing, first)
-    gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=0, tiled=True)
+    gather = functools.partial(jax.lax.all_gather, axis_name=split.gathered, axis=0, tiled=True)
     x, routing = jax.tree.map(gather, (x, routing))
     out = _sorted(work, finish, kernels, x, routing, first)
-    return jax.lax.psum_scatter(out, axes, scatter_dimension=0, tiled=True)
+    return jax.lax.psum_scatter(out, split.gathered, scatter_dimension=0, tiled=True)
 
 
 def _exchanged(
@@ -180,32 +194,39 @@ def _exchanged(
     kernels: Any,
     x: Array,
     routing: Routing,
-    slots: int,
-    over_experts: tuple[str, ...],
-    over_length: tuple[str, ...],
+    capacity: int,
+    split: _Split,
 ) -> Array:
     """Buffers `[rows, experts, slots]` to the experts' devices and back.
 
     Devices that hold parts of the same rows fill different slots of them; each then takes a part of
-    the slots.
+    the slots, whose number is the capacity rounded up to divide.
     """
-    rows, experts = x.shape[0], _count(kernels) * jax.lax.axis_size(over_experts)
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
-    assert routing.place is not None
-    place = (row * experts + routing.index) * slots + routing.place
-    place = jnp.where(routing.kept, place, rows * experts * slots)
-    plan = plan_of_rows(_flat(place), rows * experts * slots)
+    parts = jax.lax.axis_size(split.length) if split.length else 1
+    slots = -(-capacity // parts) * parts
+    rows, experts = x.shape[0], _count(kernels) * jax.lax.axis_size(split.experts)
+    plan = _buffer_plan(routing, experts, slots)
     sent = spread(_flat(x), plan).reshape(rows, experts, slots, -1)
-    if over_length:
-        sent = jax.lax.psum_scatter(sent, over_length, scatter_dimension=2, tiled=True)
-    here = jax.lax.all_to_all(sent, over_experts, split_axis=1, concat_axis=0, tiled=True)
+    if split.length:
+        sent = jax.lax.psum_scatter(sent, split.length, scatter_dimension=2, tiled=True)
+    here = jax.lax.all_to_all(sent, split.experts, split_axis=1, concat_axis=0, tiled=True)
     mine = jnp.moveaxis(here, 1, 0)
     made = work.function(kernels, mine.reshape(mine.shape[0], -1, mine.shape[-1]), jax.vmap(matmul))
     made = jnp.moveaxis(made.reshape(*mine.shape[:3], -1), 0, 1)
-    back = jax.lax.all_to_all(made, over_experts, split_axis=0, concat_axis=1, tiled=True)
-    if over_length:
-        back = jax.lax.all_gather(back, over_length, axis=2, tiled=True)
+    back = jax.lax.all_to_all(made, split.experts, split_axis=0, concat_axis=1, tiled=True)
+    if split.length:
+        back = jax.lax.all_gather(back, split.length, axis=2, tiled=True)
     return finish(back.reshape(rows * experts * slots, -1), plan, routing, x.dtype)
+
+
+def _buffer_plan(routing: Routing, experts: int, slots: int) -> Plan:
+    """Each kept assignment in its place of the buffer `[rows, experts, slots]`."""
+    assert routing.place is not None
+    rows = routing.index.shape[0]
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
+    place = (row * experts + routing.index) * slots + routing.place
+    place = jnp.where(routing.kept, place, rows * experts * slots)
+    return plan_of_rows(_flat(place), rows * experts * slots)
 
 
 def _combined(rows: Array, plan: Plan, routing: Routing, dtype: Any) -> Array:
@@ -260,9 +281,4 @@ def _mesh_axes(layout: Layout, logical: str | None) -> tuple[str, ...]:
 
 def _dividing(layout: Layout, logical: str, size: int) -> tuple[str, ...]:
     """The mesh axes of a logical axis, or none if they do not divide it (one token, say)."""
-    axes = _mesh_axes(layout, logical)
-    return axes if size % _size(layout, axes) == 0 else ()
-
-
-def _size(layout: Layout, axes: tuple[str, ...]) -> int:
-    return math.prod(layout.mesh.shape[axis] for axis in axes)
+    return _mesh_axes(layout, logical) if size % layout.size(logical) == 0 else ()
