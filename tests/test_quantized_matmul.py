@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.quantized_matmul import blocks, cost, pack, quantized_matmul, reference, tpu
 from kernels_pallas.quantized_matmul.operand import operand
@@ -168,6 +169,33 @@ def test_scanned_and_mapped_products_are_those_of_each_layer():
     np.testing.assert_allclose(jax.vmap(product)(x, *stacked), one_by_one, atol=1e-4)
     scanned = jax.lax.scan(lambda _, args: (None, product(*args)), None, (x, *stacked))[1]
     np.testing.assert_allclose(scanned, one_by_one, atol=1e-4)
+
+
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_a_matrix_split_over_devices_has_the_same_gradients(split):
+    arguments, _ = drawn(512, 24, 4, 128, zeros=True)
+    static = {name: arguments.pop(name) for name in ("bits", "group")}
+    codes, x = arguments.pop("codes"), normal((5, 512))
+    whole = P("tensor", None) if split == "rows" else P(None, "tensor")
+    specs = (P(None, "tensor"), P()) if split == "rows" else (P(), P(None, "tensor"))
+
+    def product(x, codes, parts):
+        y = quantized_matmul(x, codes, **parts, **static)
+        return jax.lax.psum(y, "tensor") if split == "rows" else y
+
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    in_specs = (specs[0], whole, dict.fromkeys(arguments, whole))
+    mapped = jax.shard_map(product, mesh=mesh, in_specs=in_specs, out_specs=specs[1])
+
+    def gradients(function):
+        def loss(x, parts):
+            return jnp.sum(function(x, codes, parts) ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, arguments)
+
+    alone = gradients(lambda x, codes, parts: quantized_matmul(x, codes, **parts, **static))
+    for got, wanted in zip(jax.tree.leaves(gradients(mapped)), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4 * np.max(np.abs(wanted)))
 
 
 def test_on_a_cpu_the_public_function_is_the_plain_one_and_keeps_no_float_matrix():

@@ -87,10 +87,36 @@ def test_matrices_may_be_split_over_a_mesh(split, generation):
 
     specs = (x_spec, dict.fromkeys(made, whole))
     mapped = jax.shard_map(product, mesh=mesh, in_specs=specs, out_specs=y_spec)
+
+    def step(x, made):
+        y, pull = jax.vjp(lambda x: mapped(x, made), x)
+        return y, pull(y)[0]
+
     compiled = compile_and_fit(
-        mapped, (x_of(8, 2048), made), generation, kernels=1, mesh=mesh, specs=(x_spec, whole)
+        step, (x_of(8, 2048), made), generation, kernels=2, mesh=mesh, specs=(x_spec, whole)
     )
     assert compiled.temp_bytes < 2**20
+
+
+@on_every_generation
+def test_a_product_that_the_compiler_splits_itself_runs_plainly(generation):
+    mesh = described_mesh(generation, {"tensor": 2})
+    made, columns = arrays(256, 512, 4, 64), P(None, "tensor")
+
+    def compiled():
+        return compile_and_fit(
+            lambda x, made: quantized_matmul(x, bits=4, group=64, **made),
+            (x_of(8, 256), made),
+            generation,
+            kernels=0,
+            mesh=mesh,
+            specs=(P(), columns),
+        )
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled()
+    assert all("shard_map" in str(warning.message) for warning in caught)
 
 
 @on_every_generation

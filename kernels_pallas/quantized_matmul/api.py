@@ -7,25 +7,23 @@ codes as the product does, the others through `x^T dy`, and only where they are 
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from kernels_pallas import door
 from kernels_pallas.quantized_matmul import blocks, reference, tpu
-from kernels_pallas.quantized_matmul.operand import Operand, operand
-from kernels_pallas.target import Target, current_target, warn_once
+from kernels_pallas.quantized_matmul.operand import Operand, held_rows, operand
+from kernels_pallas.target import Target, current_target
 
 Array = jax.Array
 
-PLAIN: dict[str, ModuleType] = {"plain": reference, "blocks": blocks}
-IMPLEMENTATIONS: tuple[str, ...] = (*PLAIN, "tpu")
-"""Names: the definition, what a CPU runs, and the kernels."""
+IMPLEMENTATIONS: tuple[str, ...] = ("plain", "tpu")
+"""Names; "plain" is `blocks` on a CPU and `reference` elsewhere."""
 
 
 def quantized_matmul(
@@ -39,6 +37,8 @@ def quantized_matmul(
     table: Array | None = None,
     select: Array | None = None,
     offsets: Array | None = None,
+    transposed: bool = False,
+    rows: int | None = None,
     dtype: Any = None,
     implementation: str | None = None,
 ) -> Array:
@@ -58,39 +58,59 @@ def quantized_matmul(
             entries are rounded to `x.dtype`, as a dense weight would be.
         select: `[K / group, N]`, the table of each group.
         offsets: `[K / group, N]`, added to the weights.
+        transposed: multiply by `W^T`: x is `[..., N]` and the result `[..., K]`.
+        rows: K, where `transposed`; None is all rows that the codes hold.
         dtype: of the result, `[..., N]`. None is `x.dtype`.
         implementation: a name in `IMPLEMENTATIONS`. None picks by device, shape and type; where no
             kernel serves, the plain function runs, with one warning.
 
-    Raises `ValueError` naming the argument that does not fit and what would. A kernel is not split
-    by the compiler over a mesh: call it inside `jax.shard_map` there.
+    Raises `ValueError` naming the argument that does not fit and what would. The compiler cannot
+    split a kernel over a mesh: call it inside `jax.shard_map` there.
     """
-    rows = x.shape[-1]
+    if not transposed:
+        rows = x.shape[-1]
+    elif rows is None:
+        rows = codes.shape[0] if bits is None else held_rows(codes, bits)
     w = operand(codes, scales, zeros, offsets, table, select, rows=rows, bits=bits, group=group)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}; quantized_matmul takes floating point input")
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        near = ", ".join(difflib.get_close_matches(implementation, IMPLEMENTATIONS, cutoff=0.0))
-        raise ValueError(
-            f"quantized_matmul implementation {implementation!r} is not known; nearest: {near}"
-        )
-    flat = x.reshape(-1, rows)
-    call = _Call(implementation or _best(flat, w), jnp.dtype(dtype or x.dtype), x.dtype)
-    return _product(flat, w, call).reshape(*x.shape[:-1], w.columns)
+    if transposed and x.shape[-1] != w.columns:
+        raise ValueError(f"x has {x.shape[-1]} features; the transposed codes take {w.columns}")
+    flat = x.reshape(-1, x.shape[-1])
+    if implementation is None and _left_to_xla(w):
+        implementation = "plain"
+    flat, w = varying_alike((flat, w))
+    call = _Call(implementation, jnp.dtype(dtype or x.dtype), x.dtype, transposed)
+    return _product(flat, w, call).reshape(*x.shape[:-1], w.rows if transposed else w.columns)
+
+
+def varying_alike(arrays: Any) -> Any:
+    """Inside `jax.shard_map`, all arrays vary over the axes that any does: what is the same on all
+    devices is so no more, and its gradient is summed over them.
+    """
+    leaves = jax.tree.leaves(arrays)
+    varying = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(varying - jax.typeof(leaf).manual_axis_type.varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, arrays)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """implementation: a name. dtype: of the result. given: of the input."""
+    """implementation: a name. dtype: of the result. given: of the input. transposed: by `W^T`."""
 
-    implementation: str
+    implementation: str | None
     dtype: Any
     given: Any
+    transposed: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, w: Operand, call: _Call) -> Any:
-    return _run(x, w, call, call.dtype, transposed=False)
+    return _run(x, w, call, call.dtype, call.transposed)
 
 
 def _forward(x: Any, w: Operand, call: _Call) -> tuple[Array, tuple[Array | None, Operand]]:
@@ -107,48 +127,48 @@ def _backward(
     x, w = kept
     zero = isinstance(dy, SymbolicZero)
     dy = jnp.zeros(dy.shape, call.given) if zero else dy.astype(call.given)
-    dx = _run(dy, w, call, call.given, transposed=True)
+    dx = _run(dy, w, call, call.given, not call.transposed)
     if x is None:
         return dx, None
-    return dx, reference.parameter_gradients(x, dy, w)
+    pair = (dy, x) if call.transposed else (x, dy)
+    return dx, reference.parameter_gradients(*pair, w)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(x: Array, w: Operand, call: _Call, dtype: Any, transposed: bool) -> Array:
-    name = "matmul_transposed" if transposed else "matmul"
-    if call.implementation in PLAIN:
-        return getattr(PLAIN[call.implementation], name)(x, w).astype(dtype)
-    target = current_target()
+    if call.implementation == "plain":
+        return _plain(x, w, dtype, transposed)
+    options = {"dtype": dtype, "transposed": transposed}
+    return door.call(OPERATION, call.implementation, {"x": x, "w": w}, options)
+
+
+def _plain(x: Array, w: Operand, dtype: Any, transposed: bool) -> Array:
+    module = blocks if current_target().platform == "cpu" else reference
+    product = module.matmul_transposed if transposed else module.matmul
+    return product(x, w).astype(dtype)
+
+
+def _tpu(x: Array, w: Operand, dtype: Any, transposed: bool, target: Target) -> Array:
+    assert target.generation is not None
+    product = tpu.matmul_transposed if transposed else tpu.matmul
+    return product(x, w, generation=target.generation, dtype=dtype)
+
+
+def _obstacle_on_tpu(
+    target: Target, arguments: dict[str, Any], options: dict[str, Any]
+) -> str | None:
     if target.generation is None:
-        raise ValueError(
-            f"quantized_matmul implementation 'tpu': this program is compiled for "
-            f"{target.platform} ({target.device_kind})"
-        )
-    return getattr(tpu, name)(x, w, generation=target.generation, dtype=dtype)
+        return f"there is none for {target.device_kind}"
+    return tpu.unsupported(arguments["x"], arguments["w"])
 
 
-def _best(x: Array, w: Operand) -> str:
-    """The implementation for the device that the program is traced for."""
+OPERATION = door.Operation("quantized_matmul", _plain, {"tpu": _tpu}, {"tpu": _obstacle_on_tpu})
+
+
+def _left_to_xla(w: Operand) -> bool:
+    """Whether XLA is as fast: it moves the conversion of 8-bit codes into the product."""
     target = current_target()
-    if target.platform == "cpu":
-        return "blocks"
-    obstacle = _obstacle(x, w, target)
-    if obstacle is None:
-        return "tpu"
-    if obstacle:
-        warn_once("quantized_matmul", obstacle)
-    return "plain"
-
-
-def _obstacle(x: Array, w: Operand, target: Target) -> str | None:
-    """Why no kernel runs; "" where the plain function is as fast, None where one does."""
-    if target.platform != "tpu" or target.generation is None:
-        return f"there is none for {target.platform} ({target.device_kind})"
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape[name] > 1 for name in (*mesh.auto_axes, *mesh.explicit_axes)):
-        return "the compiler does not split a kernel over a mesh; call it in jax.shard_map"
-    if not w.packed and (w.groups == 1 or target.generation == "v4"):
-        return ""  # XLA moves the conversion of 8-bit codes into the product
-    return tpu.unsupported(x, w)
+    one_scale = w.groups == 1 or target.generation == "v4"
+    return target.platform == "tpu" and not w.packed and one_scale

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.quantized_matmul import reference
-from kernels_pallas.quantized_matmul.operand import Operand
+from kernels_pallas.quantized_matmul.operand import Operand, held_rows
 from kernels_pallas.quantized_matmul.packing import PLANES, WORD_ROWS, tile_rows, unpack
 
 Array = jax.Array
@@ -53,7 +53,7 @@ def matmul_transposed(dy: Array, w: Operand) -> Array:
         ours = jnp.dot(dy, _matrix(w, words, i, rows, 0).T)
         return jax.lax.dynamic_update_slice_in_dim(made, ours, i * rows, axis=1)
 
-    dx = _walk(step, jnp.zeros((dy.shape[0], _covered(w))), w, rows, 0, w.columns)[:, : w.rows]
+    dx = _walk(step, _zeros((dy.shape[0], _covered(w)), w), w, rows, 0, w.columns)[:, : w.rows]
     constant = jnp.dot(dy, reference.corrections(w).T, precision=jax.lax.Precision.HIGHEST)
     return dx + jnp.repeat(constant, w.group, axis=1)
 
@@ -77,10 +77,10 @@ def _by_columns(x: Array, w: Operand, rows: int) -> Array:
             ours = jax.lax.dynamic_slice_in_dim(x, i * rows, rows, axis=1)
             return total + jnp.dot(ours, _matrix(w, words, i, rows, first))
 
-        total = _walk(step, jnp.zeros((x.shape[0], width)), w, rows, first, width)
+        total = _walk(step, _zeros((x.shape[0], width), w), w, rows, first, width)
         return jax.lax.dynamic_update_slice_in_dim(out, total, first, axis=1)
 
-    out = jnp.zeros((x.shape[0], w.columns))
+    out = _zeros((x.shape[0], w.columns), w)
     return block(0, out) if count == 1 else jax.lax.fori_loop(0, count, block, out)
 
 
@@ -95,7 +95,7 @@ def _vector(x: Array, w: Operand, rows: int) -> Array:
             made = made + ours[k] * values(_row(w, words, k))
         return total + made * _scale_rows(w, i, rows, 0, w.columns)[0]
 
-    return _walk(step, jnp.zeros(w.columns), w, rows, 0, w.columns)
+    return _walk(step, _zeros((w.columns,), w), w, rows, 0, w.columns)
 
 
 def _walk(
@@ -120,6 +120,12 @@ def _walk(
     # Words that are read in place and cut into planes, XLA would unpack element by element; the
     # words of the next step are carried instead.
     return jax.lax.fori_loop(0, count, ahead, (start, _words(w, 0, rows, first, width)))[0]
+
+
+def _zeros(shape: tuple[int, ...], w: Operand) -> Array:
+    """Where a sum starts; inside `jax.shard_map` it varies over the axes that the codes do."""
+    axes = tuple(jax.typeof(w.codes).manual_axis_type.varying)
+    return jax.lax.pcast(jnp.zeros(shape), axes, to="varying") if axes else jnp.zeros(shape)
 
 
 def _row(w: Operand, words: Array, k: int) -> Array:
@@ -192,4 +198,4 @@ def _vector_rows(w: Operand) -> int | None:
 
 def _covered(w: Operand) -> int:
     """Rows that the stored codes stand for; more than `w.rows` where a tile is filled up."""
-    return w.codes.shape[0] * 32 // w.bits if w.packed else w.rows
+    return held_rows(w.codes, w.bits)

@@ -95,6 +95,11 @@ def operand(
     return Operand(codes, scales, zeros, offsets, table, select, rows, bits, group)
 
 
+def held_rows(codes: Array, bits: int) -> int:
+    """Rows that stored codes stand for, those that fill the last tile of words included."""
+    return codes.shape[0] * 32 // bits if codes.dtype == jnp.uint32 else codes.shape[0]
+
+
 def _bits(codes: Array, rows: int, bits: int | None, table: Array | None) -> int:
     """The bits of a code, after checking that `codes` holds `rows` rows of them."""
     if codes.ndim != 2 or not jnp.issubdtype(codes.dtype, jnp.integer):

@@ -32,7 +32,11 @@ def matmul(x: Array, w: Operand) -> Array:
 
 def matmul_transposed(dy: Array, w: Operand) -> Array:
     """`[M, N] -> float32[M, rows]`."""
-    return _dot(dy, dequantize(w, dy.dtype), 1)
+    if w.groups > 1:
+        return _dot(dy, dequantize(w, dy.dtype), 1)
+    scaled = (dy.astype(jnp.float32) * w.scales.astype(jnp.float32)).astype(dy.dtype)
+    dx = _dot(scaled, values(w, dy.dtype).astype(dy.dtype), 1)
+    return dx + jnp.sum(dy.astype(jnp.float32) * corrections(w), axis=1, keepdims=True)
 
 
 def parameter_gradients(x: Array, dy: Array, w: Operand) -> Operand:
@@ -58,7 +62,7 @@ def dequantize_vjp(dw: Array, w: Operand, dtype: Any) -> Operand:
 
     def of(parts: Any) -> Array:
         rounded = None if parts[3] is None else parts[3].astype(dtype).astype(jnp.float32)
-        return dequantize(_with(w, *parts[:3], rounded), jnp.float32)
+        return dequantize(_with(w, parts[0], parts[1], parts[2], rounded), jnp.float32)
 
     scales, zeros, offsets, table = jax.vjp(of, parts)[1](dw)[0]
     return _with(w, scales, zeros, offsets, table, whole=False)

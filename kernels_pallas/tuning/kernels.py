@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from kernels_pallas.attention import tune as attention
+from kernels_pallas.flat_gemm import tune as flat_gemm
 from kernels_pallas.grouped_matmul import tune as grouped_matmul
 from kernels_pallas.tuning.tunable import Tunable
 
 KERNELS: dict[str, Tunable] = {
     "attention.tpu_forward": attention.FORWARD,
     "attention.tpu_backward": attention.BACKWARD,
+    "flat_gemm.routes": flat_gemm.ROUTE,
     "grouped_matmul.blocks": grouped_matmul.BLOCKS,
 }
 """Kernel, as in `Key.kernel` -> what there is to tune."""
