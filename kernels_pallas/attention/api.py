@@ -9,36 +9,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from kernels_pallas.attention import flash, reference, tpu
-from kernels_pallas.attention.chunked import Chunked
+from kernels_pallas.attention import cudnn, flash, gpu, reference, tpu
 from kernels_pallas.target import current_target, warn_once
 
 Array = jax.Array
 
 MOST_SCORE_BYTES = 4 * 2**30
 """Scores of a whole call beyond which they are computed block by block."""
+NOT_RUN_YET = (
+    "the Hopper kernels lower for CUDA and agree with it in Pallas' simulator, but have not run on "
+    "a device; implementation='hopper' asks for them"
+)
 FEWEST_QUERIES = 32
 """With fewer queries a row of scores is small, and blocks of queries mostly padding."""
-
-
-def _chunked(q: Array, k: Array, v: Array, **options: Any) -> Any:
-    """The chunked engine; takes any mixture of types."""
-    kind = jnp.result_type(q, k, v)
-    rows, columns = (
-        _even(length, most) for length, most in ((q.shape[1], 512), (k.shape[1], 1024))
-    )
-    engine = Chunked(q.shape[2] // k.shape[2], rows, columns)
-    found = flash.attention(engine, *(x.astype(kind) for x in (q, k, v)), **options)
-    if options.get("return_lse"):
-        return found[0].astype(q.dtype), found[1]
-    return found.astype(q.dtype)
-
-
-def _even(length: int, most: int) -> int:
-    pieces = max(1, -(-length // most))
-    return max(1, -(-length // pieces))
 
 
 def _tpu(q: Array, k: Array, v: Array, **options: Any) -> Any:
@@ -51,10 +35,22 @@ def _tpu(q: Array, k: Array, v: Array, **options: Any) -> Any:
     return flash.attention(engine, q, k, v, **options)
 
 
+def _hopper(q: Array, k: Array, v: Array, **options: Any) -> Any:
+    target = current_target()
+    obstacle = gpu.obstacle(target, q, k, v)
+    if target.platform != "gpu":
+        obstacle = f"this program is compiled for {target.platform}"
+    if obstacle is not None:
+        raise ValueError(f"attention implementation 'hopper': {obstacle}")
+    return flash.attention(gpu.Hopper(), q, k, v, **options)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "plain": reference.attention,
-    "chunked": _chunked,
+    "chunked": flash.chunked,
     "tpu": _tpu,
+    "hopper": _hopper,
+    "cudnn": cudnn.attention,
 }
 """Name -> function with the signature of `reference.attention`."""
 
@@ -81,10 +77,13 @@ def attention(
 
 def _best(q: Array, k: Array, v: Array) -> str:
     batch, queries, heads, _ = q.shape
-    if current_target().platform == "tpu" and queries >= FEWEST_QUERIES:
+    target = current_target()
+    if target.platform == "tpu" and queries >= FEWEST_QUERIES:
         obstacle = tpu.obstacle(q, k, v)
         if obstacle is None:
             return "tpu"
         warn_once("attention", obstacle)
+    if target.platform == "gpu" and queries >= FEWEST_QUERIES:
+        warn_once("attention", gpu.obstacle(target, q, k, v) or NOT_RUN_YET)
     scores = 4 * batch * heads * queries * k.shape[1]
     return "chunked" if scores > MOST_SCORE_BYTES else "plain"

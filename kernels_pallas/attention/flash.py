@@ -50,7 +50,9 @@ class Engine(Protocol):
 
     @property
     def platform(self) -> str | None:
-        """The platform that it is lowered for; None if any."""
+        """The platform that it is lowered for; None if any; "simulator" if its callbacks keep it
+        from being lowered as a primitive.
+        """
         ...
 
     def forward(
@@ -137,12 +139,22 @@ def attention(
     return out, jnp.swapaxes(lse.reshape(batch, heads, rows)[:, :, :queries], 1, 2)
 
 
+def chunked(q: Array, k: Array, v: Array, **options: Any) -> Any:
+    """`reference.attention` by the chunked engine; q, k and v of any types."""
+    kind = jnp.result_type(q, k, v)
+    rows, columns = _even(q.shape[1], 512), _even(k.shape[1], 1024)
+    engine = Chunked(q.shape[2] // k.shape[2], rows, columns)
+    found = attention(engine, *(x.astype(kind) for x in (q, k, v)), **options)
+    if options.get("return_lse"):
+        return found[0].astype(q.dtype), found[1]
+    return found.astype(q.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
     engine: Engine, rules: Rules, q: Array, k: Array, v: Array, slopes: Array, where: Any
 ) -> tuple[Array, Array]:
-    found: Any = forward.bind(q, k, v, slopes, *where, engine=engine, rules=rules)
-    return tuple(found)
+    return tuple(_run(forward, engine, rules, q, k, v, slopes, *where))
 
 
 def _attention_forward(
@@ -163,15 +175,21 @@ def _attention_backward(
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     delta -= jnp.where(seen, d_lse, 0.0)
     base2 = jnp.where(seen, lse * LOG2E, 1e30)
-    found: Any = backward.bind(
-        q, k, v, slopes, *where, d_out.astype(q.dtype), base2, delta, engine=engine, rules=rules
+    d_q, d_k, d_v, d_slopes = _run(
+        backward, engine, rules, q, k, v, slopes, *where, d_out.astype(q.dtype), base2, delta
     )
-    d_q, d_k, d_v, d_slopes = found
     d_slopes = jnp.sum(d_slopes, axis=-1)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_slopes, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _run(primitive: Primitive, engine: Engine, rules: Rules, *arrays: Array) -> Any:
+    if engine.platform == "simulator":
+        function = engine.forward if primitive is forward else engine.backward
+        return function(rules, *arrays)
+    return primitive.bind(*arrays, engine=engine, rules=rules)
 
 
 def _places(
@@ -192,6 +210,11 @@ def _by_head(x: Array, places: Array, masked: bool) -> Array:
     x = jnp.swapaxes(x, 1, 2)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, places.shape[2] - x.shape[2]), (0, 0)))
     return jnp.where(places[:, 1][:, None, :, None] > 0, x, 0) if masked else x
+
+
+def _even(length: int, most: int) -> int:
+    """Block size up to `most` that cuts `length` into equal blocks."""
+    return max(1, -(-length // max(1, -(-length // most))))
 
 
 def _up(length: int, block: int) -> int:

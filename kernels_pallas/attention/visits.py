@@ -97,6 +97,23 @@ def visits(kinds: Array) -> tuple[Array, Array]:
     return jnp.where(beyond, idle, codes), jnp.max(counts)
 
 
+def by_row(kinds: Array) -> tuple[Array, Array]:
+    """For each row the columns to visit: first those that need no mask, then those that do.
+
+    Args:
+        kinds: `int32[batch, rows, columns]`.
+
+    Returns `int32[batch, rows, columns]`, meaningless beyond the counts, and
+    `int32[batch, rows, 2]`: how many need no mask, and how many are visited.
+    """
+    column = jnp.arange(kinds.shape[2], dtype=jnp.int32)
+    masked, beyond = 1 << _MAJOR, 2 << _MAJOR
+    order = jnp.where(kinds == FULL, 0, jnp.where(kinds == PARTIAL, masked, beyond)) | column
+    whole, visited = kinds == FULL, kinds > HIDDEN
+    counts = jnp.stack([jnp.sum(x, axis=2, dtype=jnp.int32) for x in (whole, visited)], axis=2)
+    return jnp.sort(order, axis=2) & (masked - 1), counts
+
+
 def sees_anything(
     query_positions: Array,
     key_positions: Array,
