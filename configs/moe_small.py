@@ -3,7 +3,9 @@
 python train.py --config=configs/moe_small.py
 
 Each of the 4 layers has 8 gated experts, of which every token goes to 2, together as wide as
-quickstart's feed-forward.
+quickstart's feed-forward: 5.5M parameters, 2.0M of them active. Claim: a validation loss 0.08 nats
+per token below quickstart's (3.20 against 3.28 in one session), in about 1.5 times its time on two
+CPU cores. The load-balance loss keeps every expert at more than a third of its even share.
 """
 
 from ml_collections import ConfigDict

@@ -45,6 +45,15 @@ def test_the_character_setting_trains_on_any_text_and_compares_with_the_publishe
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
+@pytest.mark.slow
+def test_mixtures_are_measured_beside_a_dense_model(tmp_path):
+    done = run("mixtures", "--tiny", "--rounds=1", cache=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [len(row) for row in rows] == [4] * 7
+    assert rows[-1][0].strip() == "decoding at batch 1, tokens/s"
+
+
 def test_wrong_arguments_say_what_would_be_right(tmp_path):
     missing = run("shakespeare", "--text=nowhere.txt", cache=tmp_path)
     assert "--text=nowhere.txt: no such file" in missing.stderr

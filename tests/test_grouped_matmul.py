@@ -3,6 +3,7 @@ costs.
 """
 
 import dataclasses
+import functools
 import re
 import time
 
@@ -48,18 +49,28 @@ def _outer(x, g, sizes):
     return out
 
 
-GROUPS = st.lists(st.one_of(st.just(0), st.integers(0, 90)), min_size=1, max_size=6)
+ROWS = (1, 90, 300)
+"""One block of rows and less, and several."""
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _with_gradients(x, w, g, counts, name):
+    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, counts, implementation=name), x, w)
+    return out, *pull(g)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=8, deadline=None)
-@given(sizes=GROUPS, spare=st.integers(0, 40), seed=st.integers(0, 99))
-def test_each_row_meets_its_groups_matrix_and_so_do_the_gradients(name, sizes, spare, seed):
-    rows = max(sum(sizes) + spare, 1)
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.sampled_from(ROWS),
+    cuts=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_each_row_meets_its_groups_matrix_and_so_do_the_gradients(name, rows, cuts, seed):
+    """Equal cuts make empty groups; rows after the last cut belong to none."""
+    sizes = np.diff([0, *sorted(round(cut * rows) for cut in cuts)])
     x, w, g = _arrays(rows, len(sizes), 5, 7, seed)
-    counts = jnp.asarray(sizes, jnp.int32)
-    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, counts, implementation=name), x, w)
-    of_x, of_w = pull(g)
+    out, of_x, of_w = _with_gradients(x, w, g, jnp.asarray(sizes, jnp.int32), name)
     near = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(out, _matmul(x, w, sizes), **near)
     np.testing.assert_allclose(of_x, _matmul(g, w.swapaxes(1, 2), sizes), **near)
@@ -223,9 +234,9 @@ def test_on_a_cpu_the_cost_is_that_of_the_rows_and_not_of_the_number_of_groups()
         jax.block_until_ready(run(*arguments))
         times = []
         for _ in range(7):
-            start = time.perf_counter()
+            start = time.process_time()  # of all threads, and none of other programs
             jax.block_until_ready(run(*arguments))
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     rows, d_in, d_out = 2048, 256, 512
@@ -237,4 +248,4 @@ def test_on_a_cpu_the_cost_is_that_of_the_rows_and_not_of_the_number_of_groups()
         taken[groups] = seconds(grouped_matmul, x, w, jnp.asarray(sizes))
     assert taken[64] < 3 * taken[4]
     dense = seconds(lambda x, w: x @ w, x, w[0])
-    assert taken[4] < 6 * dense  # in peace at most twice as long; cores may be shared here
+    assert taken[4] < 3 * dense
