@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -313,6 +314,19 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
     assert kept.items() <= found.items()
 
 
+def test_a_call_that_cannot_be_made_does_not_end_the_command(capsys, monkeypatch):
+    def plain(*arguments):
+        raise MemoryError("no room for 8 EiB")
+
+    kernel = KERNELS[KERNEL]
+    failing = lambda key: dataclasses.replace(kernel.case(key), plain=plain)  # noqa: E731
+    monkeypatch.setitem(KERNELS, KERNEL, dataclasses.replace(kernel, case=failing))
+    assert main(["tune", f"--kernels={KERNEL}", f"--shapes={SHAPE}"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("nothing to choose; not the plain function: MemoryError: no room") == 6
+    assert "6 left" in said
+
+
 def test_what_was_tuned_is_shown_and_used(capsys):
     command = ["tune", f"--kernels={KERNEL}", f"--shapes={SHAPE}"]
     assert main(command) == 0
@@ -333,6 +347,7 @@ def test_what_was_tuned_is_shown_and_used(capsys):
         (["--kernels=grouped_matmul.block"], "nearest: grouped_matmul.blocks"),
         (["--shapes=8_rows_of_64_to_25"], "nearest: 8_rows_of_64_to_256"),
         ([f"--kernels={KERNEL}", "--shapes=rows=4"], r"\['d_in', 'd_out', 'rows_per_group'\]"),
+        (["--kernels=attention.tpu_forward"], "runs on tpu, and this is cpu"),
         ([f"--kernels={KERNEL}", f"--shapes={SHAPE}.5"], "no positive whole number"),
     ],
 )

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kernels_pallas.tuning.key import Key
-    from kernels_pallas.tuning.measure import Measured
+    from kernels_pallas.tuning.measure import Limits, Measured
     from kernels_pallas.tuning.store import Choice, Table
+    from kernels_pallas.tuning.tunable import Tunable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,13 +118,14 @@ def plan(
                 f"{', '.join(here) or 'no kernel'} can be tuned here"
             )
     every = {shape: None for name in chosen for shape in KERNELS[name].shapes}
-    asked = _names(shapes, every, "shape") if shapes else list(every)
-    for name in chosen:
-        kernel = KERNELS[name]
-        for shape in asked:
-            sizes = _sizes(shape, kernel.shapes)
-            if sizes is not None:
-                yield from (Work(name, shape, key) for key in kernel.keys(sizes, device_kind))
+    for shape in _names(shapes, every, "shape") if shapes else every:
+        found = {name: _sizes(shape, KERNELS[name].shapes) for name in chosen}
+        if not any(found.values()):
+            known = {name: sorted(next(iter(KERNELS[name].shapes.values()))) for name in chosen}
+            raise ValueError(f"shape {shape!r} has the sizes of no kernel; they are {known}")
+        for name, sizes in found.items():
+            keys = KERNELS[name].keys(sizes, device_kind) if sizes else ()
+            yield from (Work(name, shape, key) for key in keys)
 
 
 def _names(text: str, known: Iterable[str], what: str) -> list[str]:
@@ -140,9 +142,8 @@ def _sizes(shape: str, shapes: Mapping[str, Mapping[str, int]]) -> Mapping[str, 
     if "=" not in shape:
         return shapes.get(shape)
     pairs = [part.partition("=") for part in shape.split(":")]
-    names = sorted(next(iter(shapes.values())))
-    if sorted(name for name, _, _ in pairs) != names:
-        raise ValueError(f"shape {shape!r} does not have the sizes {names}")
+    if sorted(name for name, _, _ in pairs) != sorted(next(iter(shapes.values()))):
+        return None
     if not all(value.isdigit() and int(value) > 0 for _, _, value in pairs):
         raise ValueError(f"shape {shape!r} has a size that is no positive whole number")
     return {name: int(value) for name, _, value in pairs}
@@ -168,7 +169,7 @@ def _measure_all(
     from rich.progress import TimeElapsedColumn as Elapsed
 
     from kernels_pallas.tuning.kernels import KERNELS
-    from kernels_pallas.tuning.measure import Limits, measure
+    from kernels_pallas.tuning.measure import Limits
     from kernels_pallas.tuning.store import write
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
@@ -179,9 +180,7 @@ def _measure_all(
             if limits.clock() > deadline:
                 return
             bar.update(task, description=f"{one.kernel} {one.shape}", now="")
-            kernel = KERNELS[one.kernel]
-            candidates, default = kernel.candidates(one.key), kernel.default(one.key)
-            measured = measure(one.key, kernel.case(one.key), candidates, default, limits)
+            measured = _attempt(KERNELS[one.kernel], one.key, limits)
             console.print(_line(one.key, measured), highlight=False, soft_wrap=True)
             if measured.choice is not None:
                 write(path, {one.key.bucket(): measured.choice})
@@ -189,6 +188,17 @@ def _measure_all(
                 yield one
             if measured.interrupted:
                 raise KeyboardInterrupt
+
+
+def _attempt(kernel: Tunable, key: Key, limits: Limits) -> Measured:
+    """A call that cannot be made, for want of memory perhaps, does not keep others from theirs."""
+    from kernels_pallas.tuning.measure import Measured, in_a_line, measure
+
+    try:
+        case, candidates, default = kernel.case(key), kernel.candidates(key), kernel.default(key)
+        return measure(key, case, candidates, default, limits)
+    except Exception as error:
+        return Measured(discarded={"the plain function": in_a_line(error)})
 
 
 def _line(key: Key, measured: Measured) -> str:

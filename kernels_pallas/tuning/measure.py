@@ -91,7 +91,7 @@ def measure(
         try:
             alive[name] = _prepared(key, case, blocks, expected, limits.clock)
         except Exception as error:  # whatever a compiler or a device raises
-            discarded[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            discarded[name] = in_a_line(error)
     interrupted = False
     try:
         _race(alive, name_of(default), case.arguments, limits)
@@ -107,6 +107,11 @@ def measure(
 def name_of(blocks: Blocks) -> str:
     """Block sizes as a line of text, the same in any order."""
     return " ".join(f"{name}={value}" for name, value in sorted(blocks.items()))
+
+
+def in_a_line(error: Exception) -> str:
+    """The first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 @dataclass
