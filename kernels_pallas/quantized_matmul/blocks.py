@@ -8,7 +8,9 @@ multiplies and adds row after row of codes, in one pass over the words.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 from kernels_pallas.quantized_matmul import reference
 from kernels_pallas.quantized_matmul.operand import Operand, held_rows
 from kernels_pallas.quantized_matmul.packing import PLANES, WORD_ROWS, tile_rows, unpack
+from kernels_pallas.quantized_matmul.sizes import tuning_key
+from kernels_pallas.tuning import best
 
 Array = jax.Array
 
@@ -30,14 +34,15 @@ VECTOR_ROWS = 16
 def matmul(x: Array, w: Operand) -> Array:
     """`[M, rows] -> float32[M, N]`; see `reference.matmul`."""
     x = x.astype(jnp.float32)
-    rows, vector = _step_rows(w, STEP_ROWS), _vector_rows(w)
-    if rows is None or x.shape[0] == 0:
+    sizes = _sizes(x.shape[0], w)
+    rows, vector = _step_rows(w, sizes["rows"]), _vector_rows(w)
+    if sizes["route"] == "whole" or rows is None:
         return reference.matmul(x, w)
     covered = jnp.pad(x, ((0, 0), (0, _covered(w) - w.rows)))
-    if x.shape[0] == 1 and vector is not None:
+    if sizes["route"] == "vector" and vector is not None:
         y = _vector(covered[0], w, vector)[None]
     else:
-        y = _by_columns(covered, w, rows)
+        y = _by_columns(covered, w, rows, sizes["columns"])
     sums = jnp.sum(x.reshape(x.shape[0], w.groups, w.group), axis=-1)
     return y + jnp.dot(sums, reference.corrections(w), precision=jax.lax.Precision.HIGHEST)
 
@@ -63,11 +68,35 @@ def parameter_gradients(x: Array, dy: Array, w: Operand) -> Operand:
     return reference.parameter_gradients(x.astype(jnp.float32), dy.astype(jnp.float32), w)
 
 
-def _by_columns(x: Array, w: Operand, rows: int) -> Array:
+def default_sizes(m: int, w: Operand) -> dict[str, Any]:
+    """The route of `m` rows of input and the largest steps, where nothing was measured: "vector"
+    for one row, "blocks", or "whole" for a float32 matrix after all.
+    """
+    if m == 0 or _step_rows(w, STEP_ROWS) is None:
+        route = "whole"
+    else:
+        route = "vector" if m == 1 and _vector_rows(w) is not None else "blocks"
+    return {"route": route, "rows": STEP_ROWS, "columns": STEP_COLUMNS}
+
+
+def fits(sizes: Mapping[str, Any], m: int, w: Operand) -> bool:
+    """Whether a route serves these arrays."""
+    if sizes["route"] == "vector":
+        return m == 1 and _vector_rows(w) is not None
+    return sizes["route"] == "whole" or _step_rows(w, sizes["rows"]) is not None
+
+
+def _sizes(m: int, w: Operand) -> dict[str, Any]:
+    default = default_sizes(m, w)
+    key = tuning_key("blocks", m, w, jnp.float32, "cpu")
+    return best(key, default, fits=functools.partial(fits, m=m, w=w)) if m else default
+
+
+def _by_columns(x: Array, w: Operand, rows: int, columns: int) -> Array:
     """Column block after column block, each summed over all rows; the last reaches back, so that
     every block has the same width.
     """
-    width = min(STEP_COLUMNS, w.columns)
+    width = min(columns, w.columns)
     count = -(-w.columns // width)
 
     def block(n: Array | int, out: Array) -> Array:

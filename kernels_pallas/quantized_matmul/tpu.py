@@ -67,7 +67,7 @@ def matmul(
     interpret: bool = False,
 ) -> Array:
     """`[M, rows] -> dtype[M, N]`; see `reference.matmul`."""
-    plan = plan or make_plan(x.shape[0], w, generation)
+    plan = plan or make_plan(x.shape[0], w, generation, x.dtype)
     m, groups = x.shape[0], -(-plan.rows // plan.group)
     sums = jnp.sum(x.reshape(m, w.groups, w.group), axis=-1, dtype=jnp.float32)
     sums = jnp.pad(sums, ((0, 0), (0, groups - w.groups)))
@@ -110,7 +110,7 @@ def matmul_transposed(
     """`[M, N] -> dtype[M, rows]`; see `reference.matmul_transposed`. `dy * scale` is rounded to the
     type of `dy`.
     """
-    plan = plan or make_plan(dy.shape[0], w, generation)
+    plan = plan or make_plan(dy.shape[0], w, generation, dy.dtype, transposed=True)
     m, groups = dy.shape[0], -(-plan.rows // plan.group)
     how, fill = _decoded(w, centered=True), ((0, groups - w.groups), (0, 0))
     scaling = jnp.pad(w.scales.astype(jnp.float32) * how.factor, fill)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.quantized_matmul.operand import Operand
 from kernels_pallas.quantized_matmul.packing import packed_rows, tile_rows
+from kernels_pallas.quantized_matmul.sizes import tuning_key
 from kernels_pallas.quantized_matmul.tpu_decode import LANES
 from kernels_pallas.tpu_topology import GENERATIONS
+from kernels_pallas.tuning import best
 
 Array = jax.Array
 
@@ -69,17 +74,37 @@ def unsupported(x: Array, w: Operand) -> str | None:
     return None
 
 
-def make_plan(m: int, w: Operand, generation: str) -> Plan:
-    """Blocks for `m` rows of input."""
-    depth = GENERATIONS[generation].matrix_unit
-    deep = m >= MOST_ROWS and w.groups > 1 and w.group < depth
-    block_m = min(MOST_ROWS * (2 if deep else 1), -(-m // 16) * 16)
-    block_n = min(BLOCK_COLUMNS, -(-w.columns // LANES) * LANES)
-    most = next((chunk for rows, chunk in CHUNK_ROWS.items() if block_m <= rows), 512)
-    chunk = _chunk_rows(w, most)
+def default_blocks(m: int, w: Operand, generation: str) -> dict[str, int]:
+    """The largest blocks where nothing was measured: rows of input, columns, rows of codes that are
+    decoded at a time, and weights.
+    """
+    most = MOST_ROWS * (2 if _is_deep(m, w, generation) else 1)
+    rows = min(most, -(-m // 16) * 16)
+    chunk = next((chunk for limit, chunk in CHUNK_ROWS.items() if rows <= limit), 512)
+    return {"input_rows": most, "columns": BLOCK_COLUMNS, "chunk": chunk, "weights": BLOCK_WEIGHTS}
+
+
+def fits(blocks: Mapping[str, Any], w: Operand) -> bool:
+    """Whether a call can be cut into blocks of these sizes."""
+    whole = blocks["input_rows"] % 16 == 0 == blocks["columns"] % LANES
+    return whole and min(blocks.values()) > 0 and _chunk_rows(w, blocks["chunk"]) is not None
+
+
+def make_plan(
+    m: int, w: Operand, generation: str, dtype: Any = jnp.bfloat16, transposed: bool = False
+) -> Plan:
+    """Blocks for `m` rows of input of type `dtype`; measured ones where there are any."""
+    kind = GENERATIONS[generation].device_kind
+    key = tuning_key("tpu", m, w, dtype, kind, transposed=transposed)
+    default = default_blocks(m, w, generation)
+    most = best(key, default, fits=functools.partial(fits, w=w))
+    deep = _is_deep(m, w, generation)
+    block_m = min(most["input_rows"], -(-m // 16) * 16)
+    block_n = min(most["columns"], -(-w.columns // LANES) * LANES)
+    chunk = _chunk_rows(w, most["chunk"])
     assert chunk is not None
     chunks = -(-w.rows // chunk)
-    together = max(min(BLOCK_WEIGHTS // (chunk * block_n), chunks), 1)
+    together = max(min(most["weights"] // (chunk * block_n), chunks), 1)
     together = -(-chunks // -(-chunks // together))
     rows = -(-chunks // together) * together * chunk
     return Plan(
@@ -92,6 +117,12 @@ def make_plan(m: int, w: Operand, generation: str) -> Plan:
         scaled=w.groups > 1 and (deep or w.group < 16),
         resident=rows * block_m * 2 <= RESIDENT_BYTES,
     )
+
+
+def _is_deep(m: int, w: Operand, generation: str) -> bool:
+    """Whether groups would leave a part of the matrix unit idle, and rows pay for scaled tiles."""
+    shallow = w.groups > 1 and w.group < GENERATIONS[generation].matrix_unit
+    return m >= MOST_ROWS and shallow
 
 
 def _chunk_rows(w: Operand, most: int) -> int | None:

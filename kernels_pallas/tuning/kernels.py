@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels_pallas.attention import tune as attention
 from kernels_pallas.flat_gemm import tune as flat_gemm
 from kernels_pallas.grouped_matmul import tune as grouped_matmul
+from kernels_pallas.quantized_matmul import tune as quantized_matmul
 from kernels_pallas.tuning.tunable import Tunable
 
 KERNELS: dict[str, Tunable] = {
@@ -12,5 +13,7 @@ KERNELS: dict[str, Tunable] = {
     "attention.tpu_backward": attention.BACKWARD,
     "flat_gemm.routes": flat_gemm.ROUTE,
     "grouped_matmul.blocks": grouped_matmul.BLOCKS,
+    "quantized_matmul.blocks": quantized_matmul.BLOCKS,
+    "quantized_matmul.tpu": quantized_matmul.TPU,
 }
 """Kernel, as in `Key.kernel` -> what there is to tune."""
