@@ -1,4 +1,4 @@
-"""One kernel at one shape, as `benchmarks/kernels_tpu.py` compiles it and sets it beside a library."""
+"""One kernel at one shape, as `benchmarks/kernels_tpu.py` sets it beside a library's."""
 
 from __future__ import annotations
 
