@@ -178,7 +178,7 @@ def _named(masking: Masking, arrays: int, refs: Sequence[Any]) -> References:
     scalars = several(6)
     slopes = next(left) if masking.alibi else None
     phi = next(left) if masking.unified is not None else None
-    return References(*scalars, slopes, phi, several(arrays), *several(10))
+    return References(*scalars, slopes, phi, several(arrays), *several(10))  # pyright: ignore
 
 
 def _kernel(call: Call, rows: int, arrays: int, *refs: Any) -> None:
