@@ -203,9 +203,7 @@ def _field(r: References, name: str, item: Any) -> Any:
 def _place(r: References, item: Any, turn: Any) -> Place:
     sinks, first = _field(r, "sink_blocks", item), _field(r, "first", item)
     block = jnp.where(turn < sinks, turn, first + turn - sinks)
-    return Place(
-        r.table, r.layer[0], _field(r, "sequence", item), _field(r, "length", item), block
-    )
+    return Place(r.table, r.layer[0], _field(r, "sequence", item), _field(r, "length", item), block)
 
 
 def _start(call: Call, r: References, head: Any, place: Place, slot: Any) -> None:
@@ -290,9 +288,7 @@ def _multiply(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _for_rows(
-    call: Call, rows: int, warpgroup: Any, action: Callable[[Any, Any], None]
-) -> None:
+def _for_rows(call: Call, rows: int, warpgroup: Any, action: Callable[[Any, Any], None]) -> None:
     """`action(rows of the tile, rows of the warpgroup)`; the last may have fewer than 64."""
     for number in range(call.warpgroups):
         count = min(ROWS, rows - number * ROWS)
