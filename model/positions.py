@@ -7,9 +7,7 @@ queries and keys, to the cache when there is one, since some caches own position
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,21 +36,11 @@ class PositionEncoder:
     length: Array | int | None = None
     known: tuple[Array, Tables] | None = None
 
-    def prepared(self, positions: Array, *, one_device: bool = False) -> PositionEncoder:
-        """The same encoder with the tables of these positions computed once for all layers.
-
-        On a single CPU that takes a condition around them, which always holds: XLA would fuse the
-        cosines into each rotation and compute them anew for every head of every layer.
-        """
+    def prepared(self, positions: Array) -> PositionEncoder:
+        """The same encoder with the tables of these positions computed once for all layers."""
         if self.config.positions != "rope":
             return self
-        tables = functools.partial(self._tables, positions)
-        if one_device:
-            guarded = functools.partial(_behind_condition, positions.reshape(-1)[0] >= 0, tables)
-            known = jax.lax.platform_dependent(cpu=guarded, default=tables)
-        else:
-            known = tables()
-        return dataclasses.replace(self, known=(positions, known))
+        return dataclasses.replace(self, known=(positions, self._tables(positions)))
 
     def rotate(self, x: Array, positions: Array) -> Array:
         """Queries or keys `[batch, length, heads, head_dim]` at positions `int32[batch, length]`,
@@ -80,13 +68,6 @@ class PositionEncoder:
 
     def _tables(self, positions: Array) -> Tables:
         return rotary_tables(positions, self.config, self.length)
-
-
-def _behind_condition(holds: Array, function: Callable[[], Tables]) -> Tables:
-    """`function()`, or zeros unless `holds`."""
-    cos, sin = jax.eval_shape(function)
-    zeros = functools.partial(jnp.zeros, cos.shape, cos.dtype)
-    return jax.lax.cond(holds, function, lambda: (zeros(), zeros()))
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

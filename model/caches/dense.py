@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,32 +53,17 @@ def write(store: Array, layer: Any, slots: Array, x: Array) -> Array:
     """`[layers, batch, kv_heads, slots, dim]` with x `[batch, length, kv_heads, dim]` at slots
     `[batch, length]`.
 
-    Slots out of range are dropped.
+    Slots out of range are dropped. A single token is written twice: XLA would turn one write into
+    an update of a slice, fuse that into each of its users and so copy the cache.
     """
-    x = x.astype(store.dtype)
     if x.shape[1] == 1 and store.dtype == jnp.bfloat16:
-        select = functools.partial(_select, store, layer, slots, x)
-        scatter = functools.partial(_scatter, store, layer, slots, x)
-        return jax.lax.platform_dependent(cpu=select, default=scatter)
-    return _scatter(store, layer, slots, x)
-
-
-def _scatter(store: Array, layer: Any, slots: Array, x: Array) -> Array:
-    """Write in place. A single token is written twice: XLA would turn one write into an update of a
-    slice, fuse that into each of its users and so copy the cache.
-    """
+        here = (jnp.arange(store.shape[3]) == slots)[:, None, :, None]
+        new = jnp.where(here, jnp.swapaxes(x.astype(store.dtype), 1, 2), store[layer])
+        return store.at[layer].set(new)
     if slots.size == 1:
         slots, x = jnp.repeat(slots, 2, axis=1), jnp.repeat(x, 2, axis=1)
     rows = jnp.arange(x.shape[0])[:, None]
-    return store.at[layer, rows, :, slots].set(x, mode="drop")
-
-
-def _select(store: Array, layer: Any, slots: Array, x: Array) -> Array:
-    """Write a token a row by going over all slots. XLA on a CPU scatters bfloat16 by way of float32
-    and so goes over them twice.
-    """
-    here = (jnp.arange(store.shape[3]) == slots)[:, None, :, None]
-    return store.at[layer].set(jnp.where(here, jnp.swapaxes(x, 1, 2), store[layer]))
+    return store.at[layer, rows, :, slots].set(x.astype(store.dtype), mode="drop")
 
 
 def attend(
