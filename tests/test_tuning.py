@@ -258,7 +258,7 @@ def test_a_machine_that_slows_down_does_not_change_the_order():
             now[0] += seconds * (1 + calls[0] / 50)  # half as fast again at the end
             return jnp.zeros(())
 
-        return measure._Candidate({"rows": int(seconds * 100)}, call, 1)
+        return measure._Candidate({"rows": int(seconds * 100)}, call, 1, False)
 
     alive = {"rows=12": taking(0.12), "rows=11": taking(0.11), "rows=10": taking(0.10)}
     measure._race(alive, "rows=12", (), measure.Limits(rounds=9, clock=lambda: now[0]))

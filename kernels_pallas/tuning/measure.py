@@ -3,7 +3,8 @@
 Every candidate is compiled under `use`, the way a user sets block sizes, and must agree with the
 plain function before its time counts. Then rounds of all candidates follow each other, so that what
 slows the machine for a while slows all of them; candidates are compared by the median over rounds
-of their time against the default's in the same round.
+of their time against the default's in the same round. A CPU runs other programs as well, so there a
+round's time is that of the fastest of a few calls; elsewhere calls follow each other unawaited.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ GAIN = 0.05
 """Part of the default's time that a candidate must save, in three rounds of four, to be chosen."""
 SAMPLE_SECONDS = 0.005
 """Calls shorter than this are repeated within a sample."""
+FEWEST_CALLS = 3
+"""Calls of a sample on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,28 @@ def in_a_line(error: Exception) -> str:
 
 @dataclass
 class _Candidate:
+    """shared: whether its device runs other programs as well."""
+
     blocks: Blocks
     call: Callable[..., Any]
     repeats: int
+    shared: bool
     times: list[float] = field(default_factory=list)
 
     def sample(self, arguments: tuple[Any, ...], clock: Callable[[], float]) -> None:
+        if self.shared:
+            self.times.append(min(self._seconds(arguments, clock, 1) for _ in range(self.repeats)))
+        else:
+            self.times.append(self._seconds(arguments, clock, self.repeats) / self.repeats)
+
+    def _seconds(
+        self, arguments: tuple[Any, ...], clock: Callable[[], float], repeats: int
+    ) -> float:
         began = clock()
-        for _ in range(self.repeats):
+        for _ in range(repeats):
             out = self.call(*arguments)
         jax.block_until_ready(out)
-        self.times.append((clock() - began) / self.repeats)
+        return clock() - began
 
 
 def _prepared(
@@ -140,8 +154,9 @@ def _prepared(
         raise ValueError(f"differs from the plain function by {apart:.1e} of its largest value")
     began = clock()
     jax.block_until_ready(call(*case.arguments))
-    once = max(clock() - began, 1e-7)
-    return _Candidate(blocks, call, min(int(SAMPLE_SECONDS / once) + 1, 1000))
+    repeats = min(int(SAMPLE_SECONDS / max(clock() - began, 1e-7)) + 1, 1000)
+    shared = jax.default_backend() == "cpu"
+    return _Candidate(blocks, call, max(repeats, FEWEST_CALLS) if shared else repeats, shared)
 
 
 def difference(found: Any, expected: Any) -> float:
