@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import door
-from kernels_pallas.quantized_matmul import blocks, reference, tpu
+from kernels_pallas.gpu_topology import gpu_of
+from kernels_pallas.quantized_matmul import blocks, gpu, reference, tpu
 from kernels_pallas.quantized_matmul.operand import Operand, held_rows, operand
 from kernels_pallas.target import Target, current_target
 
 Array = jax.Array
 
-IMPLEMENTATIONS: tuple[str, ...] = ("plain", "tpu")
+IMPLEMENTATIONS: tuple[str, ...] = ("plain", "tpu", "gpu")
 """Names; "plain" is `blocks` on a CPU and `reference` elsewhere."""
 
 
@@ -77,8 +78,6 @@ def quantized_matmul(
     if transposed and x.shape[-1] != w.columns:
         raise ValueError(f"x has {x.shape[-1]} features; the transposed codes take {w.columns}")
     flat = x.reshape(-1, x.shape[-1])
-    if implementation is None and _left_to_xla(w):
-        implementation = "plain"
     flat, w = varying_alike((flat, w))
     call = _Call(implementation, jnp.dtype(dtype or x.dtype), x.dtype, transposed)
     return _product(flat, w, call).reshape(*x.shape[:-1], w.rows if transposed else w.columns)
@@ -138,10 +137,11 @@ _product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(x: Array, w: Operand, call: _Call, dtype: Any, transposed: bool) -> Array:
-    if call.implementation == "plain":
-        return _plain(x, w, dtype, transposed)
+    implementation = call.implementation
+    if implementation is None and _left_to_xla(x, w, transposed):
+        implementation = "plain"
     options = {"dtype": dtype, "transposed": transposed}
-    return door.call(OPERATION, call.implementation, {"x": x, "w": w}, options)
+    return door.call(OPERATION, implementation, {"x": x, "w": w}, options)
 
 
 def _plain(x: Array, w: Operand, dtype: Any, transposed: bool) -> Array:
@@ -156,6 +156,13 @@ def _tpu(x: Array, w: Operand, dtype: Any, transposed: bool, target: Target) -> 
     return product(x, w, generation=target.generation, dtype=dtype)
 
 
+def _gpu(x: Array, w: Operand, dtype: Any, transposed: bool, target: Target) -> Array:
+    device = gpu_of(target.device_kind)
+    assert device is not None
+    assert not transposed
+    return gpu.matmul(x, w, device=device, dtype=dtype)
+
+
 def _obstacle_on_tpu(
     target: Target, arguments: dict[str, Any], options: dict[str, Any]
 ) -> str | None:
@@ -164,11 +171,35 @@ def _obstacle_on_tpu(
     return tpu.unsupported(arguments["x"], arguments["w"])
 
 
-OPERATION = door.Operation("quantized_matmul", _plain, {"tpu": _tpu}, {"tpu": _obstacle_on_tpu})
+def _obstacle_on_gpu(
+    target: Target, arguments: dict[str, Any], options: dict[str, Any]
+) -> str | None:
+    if gpu_of(target.device_kind) is None:
+        return f"there is none for {target.device_kind}"
+    x, w = arguments["x"], arguments["w"]
+    if _left_to_xla_on_gpu(x, w, options["transposed"]):
+        return f"it takes words of codes and up to {gpu.MOST_ROWS} rows, and is not transposed"
+    return gpu.unsupported(x, w)
 
 
-def _left_to_xla(w: Operand) -> bool:
-    """Whether XLA is as fast: it moves the conversion of 8-bit codes into the product."""
+OPERATION = door.Operation(
+    "quantized_matmul",
+    _plain,
+    {"tpu": _tpu, "gpu": _gpu},
+    {"tpu": _obstacle_on_tpu, "gpu": _obstacle_on_gpu},
+)
+
+
+def _left_to_xla(x: Array, w: Operand, transposed: bool) -> bool:
+    """Whether XLA is as fast by itself: on a TPU it moves the conversion of 8-bit codes into the
+    product, on a GPU a matrix is better written out once for many rows.
+    """
     target = current_target()
+    if target.platform == "gpu":
+        return _left_to_xla_on_gpu(x, w, transposed)
     one_scale = w.groups == 1 or target.generation == "v4"
     return target.platform == "tpu" and not w.packed and one_scale
+
+
+def _left_to_xla_on_gpu(x: Array, w: Operand, transposed: bool) -> bool:
+    return transposed or not w.packed or x.shape[0] > gpu.MOST_ROWS
