@@ -124,7 +124,7 @@ class Torch:
 
     def facts(self) -> dict[str, Any]:
         """How it generated, by task."""
-        return {"ways": {f"{key}": ", ".join(way) for key, way in self.fastest.items()}}
+        return {"ways": {str(task): " + ".join(way) for task, way in self.fastest.items()}}
 
     def _time(self, way: tuple[str, str], rows: int, new: int) -> float:
         self._generate(way, rows, new)

@@ -34,6 +34,18 @@ def test_a_training_step_is_measured_and_agrees_with_torch_where_there_is_one(tm
 
 
 @pytest.mark.slow
+def test_generation_is_measured_and_chooses_the_tokens_of_transformers_where_there_is_one(tmp_path):
+    options = ("--rounds=1", "--types=float32", "--sides=torch,sheaf", "--markdown")
+    done = run("generate", *options, cache=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert "| Sheaf | float32 |" in rows[-1]
+    assert "float32 roofline" in done.stdout
+    said = "100.0% of the greedy tokens are the same" if len(rows) == 4 else "not installed"
+    assert said in done.stdout
+
+
+@pytest.mark.slow
 def test_the_character_setting_trains_on_any_text_and_compares_with_the_published_loss(tmp_path):
     letters = random.Random(0).choices("abcdefgh \n", k=12_000)
     (tmp_path / "letters.txt").write_text("".join(letters))
@@ -62,3 +74,5 @@ def test_wrong_arguments_say_what_would_be_right(tmp_path):
     assert "--steps=9999: from 1 to 2000" in steps.stderr
     types = run("train_step", "--types=float31", cache=tmp_path)
     assert "'float31' is not one of float32, bfloat16" in types.stderr
+    sides = run("generate", "--sides=jax", cache=tmp_path)
+    assert "'jax' is not one of torch, compiled, sheaf" in sides.stderr
