@@ -51,7 +51,7 @@ def default_blocks(
     resident = {"v5e": 16384, "v5p": 8192, "v6e": 16384, "7x": 8192}.get(generation or "", 2048)
     first = {
         "heads": heads,
-        "queries": 512 if heads > 1 or small or wide else 1024,
+        "queries": 512 if small or wide else 1024,
         "keys": 512 if small and wide else 1024,
         "keys_at_once": 256 if small and wide else 512,
     }

@@ -25,6 +25,7 @@ from kernels_pallas.attention.tpu_forward import (
     Call,
     Specs,
     column,
+    estimate,
     product,
     visit,
     wide,
@@ -78,6 +79,7 @@ def backward(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=call.vmem_limit,
         ),
+        cost_estimate=estimate(call.rules, 5, q, k, v),
         interpret=call.interpret,
         name="attention_backward",
     )(codes, slopes, *where, q, k, v, d_out, lse, delta)

@@ -99,9 +99,26 @@ def forward(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=call.vmem_limit,
         ),
+        cost_estimate=estimate(call.rules, 2, q, k, v),
         interpret=call.interpret,
         name="attention_forward",
     )(codes, slopes, *where, q, k, v)
+
+
+def estimate(rules: Rules, products: int, q: Array, k: Array, v: Array) -> pl.CostEstimate:
+    """What the compiler is told: work as if the last query were at the last key and all tokens of
+    one document; arguments and results once each.
+    """
+    queries, keys = q.shape[4], k.shape[2]
+    seen = keys - queries / 2 if rules.causal else keys
+    if rules.window is not None:
+        seen = min(seen, rules.window + rules.sinks)
+    pairs = q.size // q.shape[-1] * max(seen, 1)
+    return pl.CostEstimate(
+        flops=int(products * pairs * (q.shape[-1] + v.shape[-1])),
+        bytes_accessed=2 * (q.nbytes + k.nbytes + v.nbytes) * products // 2,
+        transcendentals=int(pairs),
+    )
 
 
 @dataclass(frozen=True)
@@ -179,12 +196,19 @@ def _kernel(
     def _finish() -> None:
         for g in range(heads):
             seen = peak[g] > NOTHING / 2
-            sums = jnp.sum(weight[g], axis=1, keepdims=True)
-            safe = jnp.where(seen, jnp.broadcast_to(sums, seen.shape), 1.0)
-            share = wide(jnp.where(seen, 1 / safe, 0.0), total.shape[-1])
+            sums = jnp.broadcast_to(jnp.sum(weight[g], axis=1, keepdims=True), seen.shape)
+            share = wide(jnp.where(seen, 1 / sums, 0.0), total.shape[-1])
             out[g] = (total[g] * share).astype(out.dtype)
-            natural = jnp.where(seen, jnp.log(safe) + peak[g] / LOG2E, -jnp.inf)
-            lse[g : g + 1] = natural.T[:1]
+            lse[g : g + 1] = _log_sum_exp(peak[g], sums)
+
+
+def _log_sum_exp(peak: Array, sums: Array) -> Array:
+    """`[1, n]` of what is `[n, 128]`, the same in every lane; both are turned at once."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, peak.shape, 1)
+    turned = jnp.where(lane == 0, peak, sums).T
+    seen = turned[:1] > NOTHING / 2
+    safe = jnp.where(seen, turned[1:2], 1.0)
+    return jnp.where(seen, jnp.log(safe) + turned[:1] / LOG2E, -jnp.inf)
 
 
 def _logits(

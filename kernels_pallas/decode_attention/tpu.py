@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,13 @@ from kernels_pallas.decode_attention.stream import Items, Masking, Place
 from kernels_pallas.decode_attention.stream_tpu import stream_attention
 from kernels_pallas.target import Target
 from kernels_pallas.tpu_topology import GENERATIONS
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 MOST_ROWS = 2048
 """Rows of queries of all kv heads in a tile: their sums wait in on-chip memory."""
+BLOCK_BYTES = 2**21
+"""Keys and values that are read at a time, where nothing was measured."""
 CLEANED = 32
 """Keys that are made finite at a time: a whole tile of any type."""
 
@@ -104,7 +107,7 @@ def decode_attention(
     kv_heads, slots = k.shape[2:4]
     group = heads // kv_heads
     seen = slots if window is None else min(slots, window + queries + sinks)
-    keys = block or block_of(slots, kv_heads, head_dim + v.shape[-1], k.dtype) or slots
+    keys = block or measured_block(q, k, v, target)
     rows = padded_rows(queries * group, q.dtype)
     masking = Masking(
         queries,
@@ -252,7 +255,51 @@ def padded_rows(rows: int, dtype: Any) -> int:
     return -(-rows // unit) * unit
 
 
-def block_of(slots: int, kv_heads: int, dims: int, dtype: Any, budget: int = 2**21) -> int | None:
+def tuning_key(
+    *,
+    batch: int,
+    queries: int,
+    slots: int,
+    heads: int,
+    kv_heads: int,
+    dims: int,
+    dtype: Any,
+    device_kind: str | None,
+) -> Key:
+    """What the bytes of a block depend on; `dims` of a key and its value."""
+    sizes = {"batch": batch, "rows": queries * heads // kv_heads, "slots": slots}
+    options = {"kv_heads": kv_heads, "dims": dims}
+    return Key.of("decode_attention.tpu", sizes, dtype, device_kind, **options)
+
+
+def measured_block(q: Array, k: Array, v: Array, target: Target | None) -> int:
+    """Slots to read at a time: as was measured, or `block_of`."""
+    batch, queries, heads, _ = q.shape
+    kv_heads, slots = k.shape[-3:-1]
+    dims = k.shape[-1] + v.shape[-1]
+
+    def slots_of(blocks: Mapping[str, Any]) -> int | None:
+        return block_of(slots, kv_heads, dims, k.dtype, blocks["block_bytes"])
+
+    key = tuning_key(
+        batch=batch,
+        queries=queries,
+        slots=slots,
+        heads=heads,
+        kv_heads=kv_heads,
+        dims=dims,
+        dtype=k.dtype,
+        device_kind=target.device_kind if target else None,
+    )
+    found = best(
+        key, {"block_bytes": BLOCK_BYTES}, fits=lambda blocks: slots_of(blocks) is not None
+    )
+    return slots_of(found) or slots
+
+
+def block_of(
+    slots: int, kv_heads: int, dims: int, dtype: Any, budget: int = BLOCK_BYTES
+) -> int | None:
     """Slots to read at a time: as many whole tiles as divide them and keep a block below `budget`
     bytes, or all of them if no number does and they are few; else None.
     """

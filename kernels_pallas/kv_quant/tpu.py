@@ -33,10 +33,11 @@ from kernels_pallas.kv_quant import cost
 from kernels_pallas.kv_quant.pages import Int8Pages, KiviPages, QuantizedPages
 from kernels_pallas.paged_attention.tpu import visit_pages
 from kernels_pallas.target import Target
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 KEYS = 512
-"""Tokens of a block."""
+"""Tokens of a block, where nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,9 @@ def quantized_attention(
     batch, queries, heads, head_dim = q.shape
     kv_heads = pages.keys.shape[2]
     group = heads // kv_heads
-    blocks = blocks_of(pages, q.dtype, block_pages, page_table.shape[1])
+    width = page_table.shape[1]
+    count = block_pages or measured_pages(q, pages, width, target)
+    blocks = blocks_of(pages, q.dtype, count)
     masking = Masking(
         queries,
         group,
@@ -229,15 +232,51 @@ def arrays_of(pages: QuantizedPages) -> tuple[Array, Array, Array, Array]:
     return pages.keys, pages.key_grid, pages.values, pages.value_grid
 
 
-def blocks_of(
-    pages: QuantizedPages, dtype: Any, count: int | None, width: int
-) -> Int8Blocks | KiviBlocks:
-    """How the kernel reads them, `count` at a time; None chooses."""
+def tuning_key(
+    *,
+    batch: int,
+    queries: int,
+    length: int,
+    page_size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bits: int,
+    dtype: Any,
+    device_kind: str | None,
+) -> Key:
+    """What the tokens of a block depend on."""
+    sizes = {"batch": batch, "rows": queries * heads // kv_heads, "length": length}
+    options = {"page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits}
+    return Key.of("kv_quant.tpu", sizes, dtype, device_kind, **options)
+
+
+def measured_pages(q: Array, pages: QuantizedPages, width: int, target: Target | None) -> int:
+    """Pages to read at a time, no more than the table is wide."""
+    batch, queries, heads, head_dim = q.shape
+    key = tuning_key(
+        batch=batch,
+        queries=queries,
+        length=width * pages.page_size,
+        page_size=pages.page_size,
+        heads=heads,
+        kv_heads=pages.keys.shape[2],
+        head_dim=head_dim,
+        bits=pages.bits if isinstance(pages, KiviPages) else 8,
+        dtype=q.dtype,
+        device_kind=target.device_kind if target else None,
+    )
+    found = best(key, {"tokens": KEYS}, fits=lambda blocks: blocks["tokens"] > 0)
+    return max(1, min(width, found["tokens"] // pages.page_size))
+
+
+def blocks_of(pages: QuantizedPages, dtype: Any, count: int) -> Int8Blocks | KiviBlocks:
+    """How the kernel reads them, `count` at a time."""
     arrays = arrays_of(pages)
     size = pages.page_size
     like = tuple((array.shape[2:], array.dtype) for array in arrays)
     kv_heads, dim = pages.keys.shape[2], pages.keys.shape[-1]
-    shared = (count or max(1, min(width, KEYS // size)), size, kv_heads, dim, like, dtype)
+    shared = (count, size, kv_heads, dim, like, dtype)
     if isinstance(pages, KiviPages):
         return KiviBlocks(*shared, pages.bits, pages.group)
     return Int8Blocks(*shared)

@@ -32,6 +32,7 @@ from kernels_pallas.decode_attention.tpu import (
 )
 from kernels_pallas.paged_attention import cost
 from kernels_pallas.target import Target
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 
@@ -109,10 +110,10 @@ class InterleavedBlocks:
         return pltpu.bitcast(high, jnp.float32).astype(self.dtype)
 
 
-BLOCK_BYTES = 2**21
-"""On-chip memory of one buffer of pages."""
-TILE_ROWS = 2048
-"""Rows of all kv heads in a tile of a prompt; as many sums and values wait in on-chip memory."""
+DEFAULT_SIZES = {"block_bytes": 2**21, "block_tokens": 1024, "tile_rows": 2048}
+"""Where nothing was measured: most memory and tokens of one buffer of pages, and rows of all kv
+heads in a tile of a prompt; as many sums and values wait in on-chip memory.
+"""
 
 
 def paged_attention(
@@ -144,7 +145,24 @@ def paged_attention(
         pages, layer = pages[None], 0
     _, _, size, pairs, dim = pages.shape
     heads, kv_heads = q.shape[1], pairs // 2
-    count = block_pages or pages_of(size, pairs * dim * pages.dtype.itemsize, page_table.shape[1])
+    prompts, width = max_query_length != 1, page_table.shape[1]
+    key = tuning_key(
+        tokens=len(q),
+        sequences=len(kv_lens),
+        length=width * size,
+        page_size=size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        prompts=prompts,
+        dtype=pages.dtype,
+        device_kind=target.device_kind if target else None,
+    )
+    sizes = best(key, DEFAULT_SIZES, fits=lambda sizes: min(sizes.values()) > 0)
+    token_bytes = pairs * dim * pages.dtype.itemsize
+    count = block_pages or pages_of(
+        size, token_bytes, width, sizes["block_bytes"], sizes["block_tokens"]
+    )
     call = RaggedCall(
         InterleavedBlocks(count, size, kv_heads, dim, pages.dtype),
         dim**-0.5 if scale is None else scale,
@@ -160,8 +178,8 @@ def paged_attention(
     given = (q, (pages,), layer, page_table, kv_lens, cu_q_lens)
     out = jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     out = call.decode(out, *given)
-    if max_query_length != 1:
-        rows = TILE_ROWS // 2 if isinstance(softmax, Unified) else TILE_ROWS
+    if prompts:
+        rows = sizes["tile_rows"] // (2 if isinstance(softmax, Unified) else 1)
         tokens = tile or tile_of(heads // kv_heads, kv_heads, rows, max_query_length or len(q))
         out = call.prefill(out, *given, tokens)
     return out if return_lse else out[0]
@@ -346,9 +364,29 @@ def ragged_items(
     return items, stops[-1]
 
 
-def pages_of(size: int, token_bytes: int, width: int) -> int:
+def tuning_key(
+    *,
+    tokens: int,
+    sequences: int,
+    length: int,
+    page_size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    prompts: bool,
+    dtype: Any,
+    device_kind: str | None,
+) -> Key:
+    """What block sizes depend on."""
+    sizes = {"tokens": tokens, "sequences": sequences, "length": length}
+    options = {"page_size": page_size, "group": heads // kv_heads, "kv_heads": kv_heads}
+    options |= {"head_dim": head_dim, "prompts": prompts}
+    return Key.of("paged_attention.tpu", sizes, dtype, device_kind, **options)
+
+
+def pages_of(size: int, token_bytes: int, width: int, most_bytes: int, most_tokens: int) -> int:
     """Pages to read at a time: what the buffer holds, no more than the table is wide."""
-    return max(1, min(width, BLOCK_BYTES // (size * token_bytes), max(1, 1024 // size)))
+    return max(1, min(width, most_bytes // (size * token_bytes), max(1, most_tokens // size)))
 
 
 def tile_of(group: int, kv_heads: int, rows: int, longest: int) -> int:

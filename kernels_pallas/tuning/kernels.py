@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from kernels_pallas.attention import tune as attention
+from kernels_pallas.decode_attention import tune as decode_attention
 from kernels_pallas.flat_gemm import tune as flat_gemm
 from kernels_pallas.grouped_matmul import tune as grouped_matmul
+from kernels_pallas.kv_quant import tune as kv_quant
+from kernels_pallas.paged_attention import tune as paged_attention
 from kernels_pallas.quantized_matmul import tune as quantized_matmul
 from kernels_pallas.tuning.tunable import Tunable
 
 KERNELS: dict[str, Tunable] = {
     "attention.tpu_forward": attention.FORWARD,
     "attention.tpu_backward": attention.BACKWARD,
+    "decode_attention.tpu": decode_attention.TPU,
     "flat_gemm.routes": flat_gemm.ROUTE,
     "grouped_matmul.blocks": grouped_matmul.BLOCKS,
+    "kv_quant.tpu": kv_quant.TPU,
+    "paged_attention.tpu": paged_attention.TPU,
     "quantized_matmul.blocks": quantized_matmul.BLOCKS,
     "quantized_matmul.tpu": quantized_matmul.TPU,
 }

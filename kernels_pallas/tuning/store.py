@@ -22,7 +22,8 @@ from kernels_pallas.tuning.key import Key
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
-Blocks = Mapping[str, int | str]
+Blocks = Mapping[str, Any]
+"""Name -> whole number, or a name, such as that of a route."""
 
 
 @dataclass(frozen=True)
