@@ -5,7 +5,7 @@ Models call `linear`, `matmul`, `embed` and `unembed` and never ask which it is;
 pruners and adapters add formats as files of this folder and one line in `FORMATS`.
 """
 
-from weights.grouped import OfLayer, grouped_matmul
+from weights.experts import OfLayer, grouped_matmul
 from weights.layers import bias_add, embed, linear, matmul, unembed
 from weights.protocol import Weight, dequantize, is_format, is_weight, nbytes, prepare, specs
 from weights.serial import FORMATS, from_arrays, to_arrays
