@@ -27,7 +27,7 @@ from model.checkpoint_folder import CheckpointError
 from model.config import ModelConfig
 from model.parameters import abstract, rules
 from sharding import Layout, partition
-from weights import flatten, from_arrays, from_flat, nearest, to_arrays
+from weights import flatten, from_arrays, from_flat, is_format, nearest, to_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +82,22 @@ def load(folder: str | Path, layout: Layout | None = None, dtype: Any = None) ->
     `model.json`.
     """
     folder = Path(on_first_process(lambda: str(folders.locate(folder))))
-    config, description, names = read_model(folder)
-    found = arrays.stored(folder / folders.PARAMS)
-    tree = from_arrays(from_flat(found), description)
+    config, _, names = read_model(folder)
+    tree = stored_params(folder)
     check_architecture(folder, config, tree)
     target = _placed(_cast(tree, dtype), config, layout)
     values = arrays.restore(folder / folders.PARAMS, arrays.by_path(target), cast=True)
     params = jax.tree.unflatten(jax.tree.structure(target), list(values.values()))
     provenance = folders.read_json(folder / folders.PROVENANCE)
     return Checkpoint(config, params, folders.read_files(folder, names), provenance, folder)
+
+
+def stored_params(folder: Path) -> Any:
+    """Shapes and dtypes of the params in a checkpoint folder, weight formats rebuilt; reads no
+    array.
+    """
+    found = arrays.stored(folder / folders.PARAMS)
+    return from_arrays(from_flat(found), read_model(folder)[1])
 
 
 def write_description(
@@ -173,7 +180,7 @@ def check_architecture(folder: Path, config: ModelConfig, params: Any) -> None:
     A weight format may stand at any path; the shapes of dense arrays must agree.
     """
     found, wanted = flatten(params), flatten(abstract(config))
-    dense = {path: leaf for path, leaf in found.items() if hasattr(leaf, "shape")}
+    dense = {path: leaf for path, leaf in found.items() if not is_format(leaf)}
     expected = {path: leaf for path, leaf in wanted.items() if path in dense or path not in found}
     arrays.check_arrays(folder, dense, expected, cast=True)
     extra = [path for path in found if path not in wanted]

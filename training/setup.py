@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from model.checkpoint import load
+from model.checkpoint import load, stored_params
+from model.checkpoint_folder import locate
 from sharding import (
     Layout,
     Rule,
@@ -31,8 +33,8 @@ from training.schedules import make_schedule
 from training.state import Placement, TrainState, abstract_state, init_state, new_state, place
 from training.step import Step, make_step
 from training.task import Batch, Task
-from training.trainable import Predicate, by_patterns, merge, split_trainable
-from weights import flatten, paths
+from training.trainable import Predicate, by_patterns, map_leaves, merge, split_trainable
+from weights import flatten, is_format, paths
 
 Array = jax.Array
 
@@ -99,7 +101,7 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
             f"a batch of {task.batch_size} rows does not divide into {layout.size('batch')} devices"
             f" x {config.train.accumulation} micro-batches; use a multiple of {rows_per_device}"
         )
-    abstract_params = jax.eval_shape(task.init, jax.random.key(0))
+    abstract_params = starting_params(task, config)
     rules = run_rules(task, config, layout, abstract_params)
     trainable = by_patterns((config.train.trainable,), abstract_params, "train.trainable")
     ours, _ = split_trainable(abstract_params, trainable)
@@ -147,6 +149,45 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
     )
 
 
+def starting_params(task: Task, config: RunConfig) -> Any:
+    """Shapes and dtypes of the params before the first step.
+
+    They are those of `task.init`, or those of the checkpoint that the run begins with, where any
+    weight may be a format: what trains is float32 then, and what is frozen keeps the type that it
+    is stored in. Raises `RunError` if the checkpoint is of another shape.
+    """
+    own, start = jax.eval_shape(task.init, jax.random.key(0)), config.train.start_from
+    if not start:
+        return own
+    stored = stored_params(locate(start))
+    found, wanted = (flatten(tree) for tree in (stored, own))
+    different = [
+        path
+        for path in found | wanted
+        if path not in found
+        or path not in wanted
+        or not (is_format(found[path]) or found[path].shape == wanted[path].shape)
+    ]
+    if different:
+        path = different[0]
+        there, here = (getattr(tree.get(path), "shape", None) for tree in (found, wanted))
+        raise RunError(
+            f"train.start_from={start}: {path} is {there} there, {here} in this config "
+            f"({len(different)} arrays differ)"
+        )
+    trainable = by_patterns((config.train.trainable,), stored, "train.trainable")
+    return map_leaves(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.float32 if trainable(path) and _is_real(leaf) else leaf.dtype
+        ),
+        stored,
+    )
+
+
+def _is_real(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def run_rules(
     task: Task, config: RunConfig, layout: Layout, abstract_params: Any
 ) -> tuple[Rule, ...]:
@@ -179,20 +220,13 @@ def _load(
 ) -> TrainState:
     """A new state around the params of a checkpoint: fine-tuning begins here."""
     params = load(folder, placement.layout).params
-    found, wanted = (
-        {path: leaf.shape for path, leaf in flatten(tree).items()}
-        for tree in (params, abstract.params)
-    )
-    different = [path for path in found | wanted if found.get(path) != wanted.get(path)]
-    if different:
-        path = different[0]
-        raise RunError(
-            f"train.start_from={folder}: {path} is {found.get(path)} there, {wanted.get(path)} in "
-            f"this config ({len(different)} arrays differ)"
-        )
     _, for_steps = jax.random.split(key)
-    make = jax.jit(new_state, static_argnums=(1, 3, 4, 5), out_shardings=placement.state)
-    return make(params, optimizer, for_steps, trainable, ema, window)
+
+    def build(params: Any, for_steps: Array) -> TrainState:
+        params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, abstract.params)
+        return new_state(params, optimizer, for_steps, trainable, ema, window)
+
+    return jax.jit(build, out_shardings=placement.state)(params, for_steps)
 
 
 def placed(abstract: Any, shardings: Any) -> Any:
