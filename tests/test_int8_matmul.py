@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpu_aot import compile_and_fit, on_every_generation
 
-from kernels_pallas.int8_matmul import blocks, cost, int8_matmul, quantize_rows, reference, tpu
+from kernels_pallas.int8_matmul import (
+    blocks,
+    cost,
+    int8_matmul,
+    quantize_rows,
+    reference,
+    tpu,
+    tpu_quantizer,
+)
 
 
 def codes(shape, seed=0):
@@ -62,7 +70,7 @@ def replayed(x, threshold):
 def test_rows_of_codes_are_those_of_a_replay(threshold, kernel):
     x = normal((70, 200), jnp.bfloat16).at[3].set(0)
     if kernel:
-        found = tpu.quantize_rows(x, threshold, generation="v5e", interpret=True)
+        found = tpu_quantizer.quantize_rows(x, threshold, generation="v5e", interpret=True)
     else:
         found = quantize_rows(x, threshold)
     wanted = replayed(x, threshold)

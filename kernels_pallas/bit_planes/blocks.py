@@ -8,12 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.bit_planes.reference import plane_values, unpack_planes
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 
 STEP_ROWS = 256
 STEP_WORDS = STEP_ROWS // 32
 STEP_COLUMNS = 1024
+"""Columns of a step, where nothing was measured."""
+
+
+def tuning_key(m: int, rows: int, columns: int, bits: int, device_kind: str = "cpu") -> Key:
+    """What the columns of a step are looked up by."""
+    sizes = {"m": m, "rows": rows, "columns": columns}
+    return Key.of("bit_planes.blocks", sizes, "int8", device_kind, bits=bits)
 
 
 def matmul(x: Array, planes: Array, coding: str) -> Array:
@@ -22,7 +30,9 @@ def matmul(x: Array, planes: Array, coding: str) -> Array:
     _, added = plane_values(bits, coding)
     turned = 2 ** (bits - 1) if coding == "signed" else 0  # code = (code ^ turned) - turned
     factor = 2 if coding == "bipolar" else 1
-    steps, width = words // STEP_WORDS, min(STEP_COLUMNS, columns)
+    key = tuning_key(x.shape[0], x.shape[1], columns, bits)
+    most = best(key, {"columns": STEP_COLUMNS}, fits=lambda sizes: sizes["columns"] > 0)["columns"]
+    steps, width = words // STEP_WORDS, min(most, columns)
     count = -(-columns // width)
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, steps * STEP_ROWS - x.shape[1])))
 

@@ -26,8 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.bit_planes.cost import cost
-from kernels_pallas.int8_matmul.tpu import int8_product, varying_shape
+from kernels_pallas.int8_matmul.tpu import fits, int8_product, varying_shape
 from kernels_pallas.tpu_topology import GENERATIONS
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 
@@ -35,8 +36,15 @@ TILE, WORDS = 256, 8
 """Rows of codes, and rows of words of each plane, that are decoded together."""
 CHUNK_TILES = 4
 """Tiles of one product: 1024 rows, whose products of 8-bit integers float32 sums exactly."""
-BLOCK_ROWS, BLOCK_COLUMNS, MOST_ROWS = 4096, 512, 256
+BLOCKS = {"input_rows": 256, "columns": 512, "rows": 4096}
+"""The largest blocks where nothing was measured: rows of input, columns, and rows of codes."""
 BYTES = 0x01010101
+
+
+def tuning_key(m: int, rows: int, columns: int, bits: int, device_kind: str) -> Key:
+    """What the blocks of a product are looked up by."""
+    sizes = {"m": m, "rows": rows, "columns": columns}
+    return Key.of("bit_planes.tpu", sizes, "int8", device_kind, bits=bits)
 
 
 def matmul(
@@ -45,11 +53,13 @@ def matmul(
     """`int8[M, rows] x planes -> int32[M, N]`; see `reference.matmul`."""
     (bits, words, columns), m = planes.shape, x.shape[0]
     turned, factor, offset = _bytes(bits, coding)
+    kind = GENERATIONS[generation].device_kind
+    most = best(tuning_key(m, x.shape[1], columns, bits, kind), BLOCKS, fits=fits)
     chunks = -(-words // (WORDS * CHUNK_TILES))
-    together = -(-chunks // -(-chunks // (BLOCK_ROWS // (TILE * CHUNK_TILES))))
+    together = -(-chunks // -(-chunks // (most["rows"] // (TILE * CHUNK_TILES))))
     steps, block_k = -(-chunks // together), together * TILE * CHUNK_TILES
-    block_m = min(MOST_ROWS, -(-m // 32) * 32)
-    block_n = min(BLOCK_COLUMNS, -(-columns // 128) * 128)
+    block_m = min(most["input_rows"], -(-m // 32) * 32)
+    block_n = min(most["columns"], -(-columns // 128) * 128)
     x = jnp.pad(x, ((0, 0), (0, steps * block_k - x.shape[1])))
     total = pl.pallas_call(
         functools.partial(_multiply, turned=turned, native=GENERATIONS[generation].int8 > 0),

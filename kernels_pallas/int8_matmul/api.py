@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import door
-from kernels_pallas.int8_matmul import blocks, reference, tpu
+from kernels_pallas.int8_matmul import blocks, reference, tpu, tpu_quantizer
 from kernels_pallas.quantized_matmul.api import quantized_matmul, varying_alike
 from kernels_pallas.target import Target, current_target
 
@@ -132,7 +132,7 @@ def _tpu_product(
 
 def _tpu_quantizer(x: Array, threshold: float | None, target: Target) -> tuple[Array, Array, Array]:
     assert target.generation is not None
-    return tpu.quantize_rows(x, threshold, generation=target.generation)
+    return tpu_quantizer.quantize_rows(x, threshold, generation=target.generation)
 
 
 def _obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any]) -> str | None:

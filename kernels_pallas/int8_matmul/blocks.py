@@ -7,36 +7,66 @@ exact up to 2**24, and for one row of input the codes are multiplied and added i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.int8_matmul import reference
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 
 MANY = 64
-"""Rows of input from which XLA's own product is faster."""
-STEP = 128
-"""Rows of codes that become float32 at a time; 128**2 * STEP <= 2**24."""
-VECTOR = 16
-"""Rows of codes that one row of input multiplies in one pass."""
+"""Rows of input from which XLA's own product is faster, where nothing was measured."""
+STEPS = {"whole": 0, "blocks": 128, "vector": 16}
+"""Route -> rows of codes of a step: XLA's own product has no steps, and one row of input multiplies
+in one pass.
+"""
+EXACT_ROWS = 1024
+"""Rows whose products float32 sums exactly: `128**2 * EXACT_ROWS <= 2**24`."""
+
+
+def tuning_key(m: int, rows: int, columns: int, device_kind: str = "cpu") -> Key:
+    """What the route of a product is looked up by."""
+    sizes = {"m": m, "rows": rows, "columns": columns}
+    return Key.of("int8_matmul.blocks", sizes, "int8", device_kind)
+
+
+def default_sizes(m: int) -> dict[str, int | str]:
+    """The route for `m` rows of input where nothing was measured, and its rows of codes."""
+    route = "vector" if m == 1 else "blocks" if m < MANY else "whole"
+    return {"route": route, "rows": STEPS[route]}
+
+
+def fits(sizes: Mapping[str, Any], m: int, rows: int) -> bool:
+    """Whether a product of `m` rows of input with `rows` rows of codes can go that way, exactly."""
+    if sizes["route"] == "whole":
+        return True
+    known = sizes["route"] in STEPS and (m == 1 or sizes["route"] != "vector")
+    return known and 0 < sizes["rows"] <= min(rows, EXACT_ROWS)
 
 
 def product(x: Array, w: Array) -> Array:
     """`int8[M, K] x int8[K, N] -> int32[M, N]`, exact; see `reference.product`."""
-    rows, step = x.shape[0], VECTOR if x.shape[0] == 1 else STEP
-    if rows == 0 or rows >= MANY or w.shape[0] < step:
+    m, (rows, columns) = x.shape[0], w.shape
+    default = default_sizes(m)
+    if 0 in (m, rows, columns) or not fits(default, m, rows):
         return reference.product(x, w)
-    count, left = divmod(w.shape[0], step)
-    total = _steps(x, w, count, step)
+    key = tuning_key(m, rows, columns)
+    sizes = best(key, default, fits=lambda sizes: fits(sizes, m, rows))
+    if sizes["route"] == "whole":
+        return reference.product(x, w)
+    step, multiply = sizes["rows"], _vector if sizes["route"] == "vector" else _block
+    count, left = divmod(rows, step)
+    total = _steps(x, w, count, step, multiply)
     if left == 0:
         return total
     return total + reference.product(x[:, count * step :], w[count * step :])
 
 
-def _steps(x: Array, w: Array, count: int, step: int) -> Array:
-    multiply = _vector if x.shape[0] == 1 else _block
-
+def _steps(x: Array, w: Array, count: int, step: int, multiply: Callable[..., Array]) -> Array:
     def add(i: Array, total: Array) -> Array:
         ours = jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)
         return total + multiply(ours, jax.lax.dynamic_slice_in_dim(w, i * step, step))

@@ -56,7 +56,16 @@ def product(x: Array, w: Array) -> Array:
     return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def scaled(total: Array, x_scales: Array, scales: Array, dtype: Any) -> Array:
-    """`int32[M, N]` sums to values: `total * x_scales[:, None] * scales`."""
+def scaled(
+    total: Array,
+    x_scales: Array,
+    scales: Array,
+    dtype: Any,
+    bias: Array | None = None,
+    addend: Array | None = None,
+) -> Array:
+    """`int32[M, N]` sums to values: `total * x_scales[:, None] * scales + bias + addend`."""
     y = total.astype(jnp.float32) * x_scales[:, None] * scales.astype(jnp.float32)
+    for term in (bias, addend):
+        y = y if term is None else y + term.astype(jnp.float32)
     return y.astype(dtype)

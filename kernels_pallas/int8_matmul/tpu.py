@@ -1,9 +1,7 @@
-"""8-bit products on TPUs: the row quantizer, which reads its input once, and the product with its
-scales.
+"""The product of 8-bit integers on TPUs, with its scales.
 
-By the compiler's static schedules (K = N = 4096), the quantizer makes 1.4 to 3.7 times as many
-codes a cycle as XLA, which reads the input twice. XLA's own product of 8-bit integers, with the
-scales fused into it, reaches the bandwidth for few rows and most of the matrix unit for many:
+XLA's own, with the scales fused into it, reaches the bandwidth for few rows and most of the matrix
+unit for many. By the compiler's static schedules (K = N = 4096):
 
     weights a cycle, M = 16              v4     v5e    v5p    v6e    7x
         XLA                             551    1395   1395   1196    991
@@ -21,6 +19,7 @@ exact (`127**2 * 1024 < 2**24`), and then as 32-bit integers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,64 +27,28 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.int8_matmul import reference
-from kernels_pallas.int8_matmul.cost import cost, quantizer_cost
+from kernels_pallas.int8_matmul.cost import cost
 from kernels_pallas.tpu_topology import GENERATIONS
+from kernels_pallas.tuning import Key, best
 
 Array = jax.Array
 
 EXACT_ROWS = 1024
 """Rows whose products of 8-bit integers float32 sums exactly."""
-BLOCK_COLUMNS = 512
-BLOCK_ROWS = 4096
-MOST_ROWS = 256
+BLOCKS = {"input_rows": 256, "columns": 512, "rows": 4096}
+"""The largest blocks where nothing was measured: rows of input, columns, and rows of weights."""
 
 
-def quantize_rows(
-    x: Array, threshold: float | None, *, generation: str, interpret: bool = False
-) -> tuple[Array, Array, Array]:
-    """See `reference.quantize_rows`."""
-    m, columns = x.shape
-    rows = max(32, min(256, 2**20 // max(columns, 1) // 32 * 32))
-    blocks = pl.cdiv(m, rows)
-    codes, scales, peaks = pl.pallas_call(
-        functools.partial(_quantize, threshold=threshold, m=m),
-        grid=(blocks,),
-        in_specs=[pl.BlockSpec((rows, columns), lambda i: (i, 0))],
-        out_specs=[
-            pl.BlockSpec((rows, columns), lambda i: (i, 0)),
-            pl.BlockSpec((rows, 1), lambda i: (i, 0)),
-            pl.BlockSpec((8, columns), lambda i: (i, 0)),
-        ],
-        out_shape=[
-            varying_shape((m, columns), jnp.int8, x),
-            varying_shape((m, 1), jnp.float32, x),
-            varying_shape((8 * blocks, columns), jnp.float32, x),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_limit(generation)
-        ),
-        cost_estimate=_estimate(quantizer_cost(m, columns, x.dtype)),
-        interpret=interpret,
-        name="quantize_rows",
-    )(x)
-    if threshold is None:
-        return codes, scales[:, 0], jnp.zeros(columns, bool)
-    outlier = jnp.max(peaks, axis=0) >= threshold
-    return jnp.where(outlier, jnp.int8(0), codes), scales[:, 0], outlier
+def tuning_key(m: int, rows: int, columns: int, device_kind: str) -> Key:
+    """What the blocks of a product are looked up by."""
+    sizes = {"m": m, "rows": rows, "columns": columns}
+    return Key.of("int8_matmul.tpu", sizes, "int8", device_kind)
 
 
-def _quantize(
-    x: Any, codes: Any, scales: Any, peaks: Any, *, threshold: float | None, m: int
-) -> None:
-    found, scale, _ = reference.unmasked_rows(x[...], threshold)
-    codes[...] = found
-    scales[...] = scale[:, None]
-    if threshold is not None:
-        row = pl.program_id(0) * x.shape[0]
-        row = row + jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
-        size = jnp.where(row < m, jnp.abs(x[...].astype(jnp.float32)), 0.0)
-        peaks[...] = jnp.broadcast_to(jnp.max(size, axis=0, keepdims=True), peaks.shape)
+def fits(blocks: Mapping[str, Any]) -> bool:
+    """Whether blocks are whole tiles of 8-bit integers, and of as many rows as are summed."""
+    units = {"input_rows": 32, "columns": 128, "rows": EXACT_ROWS}
+    return all(blocks[name] > 0 == blocks[name] % unit for name, unit in units.items())
 
 
 def int8_matmul(
@@ -100,11 +63,13 @@ def int8_matmul(
 ) -> Array:
     """`int8[M, K] x int8[K, N] -> dtype[M, N]`: `reference.scaled` of `reference.product`."""
     (m, rows), columns = x.shape, w.shape[1]
-    block_m = min(MOST_ROWS, -(-m // 32) * 32)
-    block_n = min(BLOCK_COLUMNS, -(-columns // 128) * 128)
+    key = tuning_key(m, rows, columns, GENERATIONS[generation].device_kind)
+    most = best(key, BLOCKS, fits=fits)
+    block_m = min(most["input_rows"], -(-m // 32) * 32)
+    block_n = min(most["columns"], -(-columns // 128) * 128)
     chunk = min(EXACT_ROWS, -(-rows // 128) * 128)
     chunks = -(-rows // chunk)
-    together = -(-chunks // -(-chunks // max(BLOCK_ROWS // chunk, 1)))
+    together = -(-chunks // -(-chunks // max(most["rows"] // chunk, 1)))
     block_k = together * chunk
     steps = -(-chunks // together)
     x = jnp.pad(x, ((0, 0), (0, steps * block_k - rows)))
@@ -123,9 +88,9 @@ def int8_matmul(
         scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.int32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_limit(generation),
+            vmem_limit_bytes=vmem_limit(generation),
         ),
-        cost_estimate=_estimate(cost(m, rows, columns, dtype)),
+        cost_estimate=estimate(cost(m, rows, columns, dtype)),
         interpret=interpret,
         name="int8_matmul",
     )(x, w, x_scales[:, None], scales[None].astype(jnp.float32))
@@ -170,9 +135,11 @@ def varying_shape(shape: tuple[int, ...], dtype: Any, *inputs: Array) -> jax.Sha
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kinds[0])(varying=varying))
 
 
-def _limit(generation: str) -> int:
+def vmem_limit(generation: str) -> int:
+    """Of a kernel, in bytes."""
     return min(GENERATIONS[generation].vmem_bytes * 3 // 4, 64 * 2**20)
 
 
-def _estimate(counts: tuple[int, int]) -> pl.CostEstimate:
+def estimate(counts: tuple[int, int]) -> pl.CostEstimate:
+    """What the compiler is told of `(operations, bytes)`."""
     return pl.CostEstimate(flops=counts[0], bytes_accessed=counts[1], transcendentals=0)
