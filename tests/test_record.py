@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.provenance import code_revision, provenance
 from training import json_lines
 from training.errors import RunError
 from training.plots import plot_loss, smooth
-from training.provenance import code_revision, provenance
 from training.record import Record, batch_hash, combine
 from training.run_folder import RunFolder
 

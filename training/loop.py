@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from model.provenance import provenance
 from sharding import Layout, rules_table
 from training import json_lines
 from training.checkpoints import Checkpoints
@@ -28,7 +29,6 @@ from training.evaluation import evaluate
 from training.faults import Action, SpikeDetector, decide
 from training.profiler import Profiler
 from training.progress import RunProgress, count
-from training.provenance import provenance
 from training.record import Record, combine
 from training.setup import Functions, prepare, run_layout
 from training.signals import GracefulStop

@@ -20,11 +20,11 @@ import numpy as np
 from model.checkpoint import load
 from model.checkpoint_folder import read_json, step_name, write_json
 from model.checkpoint_folder import steps as checkpoint_steps
+from model.provenance import code_revision
 from training import json_lines
 from training.config import RunConfig, run_config
 from training.errors import RunError
 from training.language_model import train_language_model
-from training.provenance import code_revision
 from training.run_folder import RunFolder
 
 Row = Mapping[str, Any]
