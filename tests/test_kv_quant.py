@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_decode import attend
 
+from kernels_pallas.decode_attention import Unified
 from kernels_pallas.kv_quant import (
     Int8Pages,
     KiviPages,
     cost,
+    gpu,
     kivi_attention,
     pack,
     quantize_groups,
@@ -147,7 +149,9 @@ def close(found, expected, out=2e-5, lse=1e-5):
     np.testing.assert_allclose(np.asarray(found[1], np.float64), expected[1], atol=lse, rtol=lse)
 
 
-@pytest.mark.parametrize("which", ["plain", pytest.param("tpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", ["plain", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tpu", "gpu"))]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_is_that_to_what_the_pages_read_back_as(kind, which):
     q, pages, table, lengths = filled(kind)
@@ -156,9 +160,24 @@ def test_attention_is_that_to_what_the_pages_read_back_as(kind, which):
     if which == "tpu":
         options |= {"block_pages": 2, "interpret": True}
         function = functools.partial(tpu.quantized_attention, **options)
-    for further in (None, lengths + 5)[which == "tpu" :]:
+    if which == "gpu":
+        options |= {"splits": 2, "interpret": True}
+        function = functools.partial(gpu.quantized_attention, **options)
+    for further in (None, lengths + 5)[which != "plain" :]:
         found = jax.jit(function)(q, pages, table, lengths, positions=further)
         close(found, by_numpy(q, pages, table, lengths, further, soft_cap=5.0))
+
+
+@pytest.mark.slow
+def test_rows_out_of_range_of_the_constant_fall_back_on_a_gpu():
+    q, pages, table, lengths = filled(2)
+    softmax = Unified(jnp.asarray([0.0, 100.0, 0.0, 0.0, -100.0, 0.0], jnp.float32))
+    options = {"layer": 1, "return_lse": True, "splits": 1, "interpret": True}
+    function = functools.partial(gpu.quantized_attention, q, pages, table, lengths, **options)
+    found, online = function(softmax=softmax), function()
+    close(found, by_numpy(q, pages, table, lengths))
+    for x, y in zip(found, online, strict=True):
+        np.testing.assert_array_equal(x[:, :, [1, 4]], y[:, :, [1, 4]])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from kernels_pallas import door
-from kernels_pallas.decode_attention import reference, tpu
+from kernels_pallas.decode_attention import gpu, reference, tpu
 from kernels_pallas.decode_attention.softmax import Softmax, Unified
 
 Array = jax.Array
@@ -17,8 +17,8 @@ Array = jax.Array
 OPERATION = door.Operation(
     "decode_attention",
     reference.decode_attention,
-    {"tpu": tpu.decode_attention},
-    {"tpu": tpu.obstacle},
+    {"tpu": tpu.decode_attention, "gpu": gpu.decode_attention},
+    {"tpu": tpu.obstacle, "gpu": gpu.obstacle},
 )
 IMPLEMENTATIONS = ("plain", *OPERATION.kernels)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,15 @@ from jax.experimental import pallas as pl
 from kernels_pallas.attention.reference import merge
 from kernels_pallas.decode_attention.softmax import Softmax, Unified
 from kernels_pallas.decode_attention.stream import Items, Masking, Place
-from kernels_pallas.decode_attention.stream_gpu import KEYS, ROWS, stream_attention
-from kernels_pallas.decode_attention.tpu import dense_items, stack_rows, unstack_rows
+from kernels_pallas.decode_attention.stream_gpu import KEYS, ROWS, Source, stream_attention
+from kernels_pallas.decode_attention.work import (
+    masking_of,
+    per_row,
+    sequence_items,
+    split_items,
+    stack_rows,
+    unstack_rows,
+)
 from kernels_pallas.gpu_topology import GPUS, gpu_of
 from kernels_pallas.target import Target
 
@@ -28,11 +35,12 @@ class DenseSource:
     copies: int = 1
 
     def start(
-        self, copy: Callable[[Any, Any], None], array: Any, which: int, ring: Any, head: Any,
+        self, copy: Callable[[Any, Any], None], array: Any, which: int, slot: Any, head: Any,
         at: Place,
     ) -> None:  # fmt: skip
         """See `stream_gpu.Source`."""
-        copy(array.at[at.layer, at.sequence, head, pl.ds(at.block * KEYS, KEYS)], ring)
+        del which
+        copy(array.at[at.layer, at.sequence, head, pl.ds(at.block * KEYS, KEYS)], slot)
 
 
 def decode_attention(
@@ -45,87 +53,97 @@ def decode_attention(
     window: int | None = None,
     sinks: int = 0,
     rolling: bool = False,
-    soft_cap: float | None = None,
     alibi_slopes: Array | None = None,
-    scale: float | None = None,
     softmax: Softmax = "online",
     return_lse: bool = False,
     target: Target | None = None,
     splits: int | None = None,
     simulate: bool = False,
+    **options: Any,
 ) -> Any:
     """See `reference.decode_attention`. splits: parts of each sequence's keys; None chooses."""
     if layer is None:
         k, v, layer = k[None], v[None], 0
     batch, queries, heads, head_dim = q.shape
     kv_heads, slots = k.shape[2:4]
-    group = heads // kv_heads
-    rows = -(-queries * group // 8) * 8
     seen = slots if window is None else min(slots, window + queries + sinks)
-    splits = splits or splits_for(target, batch * kv_heads, -(-seen // KEYS))
-    masking = Masking(
+    masking = masking_of(
         queries,
-        group,
-        rows,
-        head_dim**-0.5 if scale is None else scale,
+        heads // kv_heads,
+        padded_rows(queries * heads // kv_heads),
+        head_dim=head_dim,
         window=window,
         sinks=sinks,
         ring=slots if rolling else None,
-        soft_cap=soft_cap,
-        unified=(softmax.low, softmax.high) if isinstance(softmax, Unified) else None,
-        alibi=alibi_slopes is not None,
-        splits=splits,
+        softmax=softmax,
+        alibi_slopes=alibi_slopes,
+        splits=splits or splits_for(target, batch * kv_heads, -(-seen // KEYS)),
+        **options,
     )
-    items = split_items(dense_items(lengths, queries, slots, KEYS, masking), splits)
-    out, lse = stream_attention(
-        stack_rows(q, kv_heads, rows),
+    out, lse = attend_tiles(
+        q,
         (k, v),
-        items,
-        jnp.arange(batch * splits + 1, dtype=jnp.int32),
-        masking=masking,
-        source=DenseSource(),
+        sequence_items(lengths, lengths - queries, slots, KEYS, masking),
+        jnp.int32(batch),
+        masking,
+        DenseSource(),
+        kv_heads=kv_heads,
+        alibi_slopes=alibi_slopes,
+        softmax=softmax,
         layer=layer,
-        slopes=per_row(alibi_slopes, queries, kv_heads, rows),
-        phi=per_row(softmax.phi if isinstance(softmax, Unified) else None, queries, kv_heads, rows),
         simulate=simulate,
     )
-    out, lse = merge_splits(out, lse, splits, queries, group)
     return (out, lse) if return_lse else out
 
 
-def split_items(items: Items, splits: int) -> Items:
-    """Each item as so many neighbours, of equal shares of its blocks; the first has the sinks'."""
-    if splits == 1:
-        return items
-    number = jnp.arange(splits, dtype=jnp.int32)
-    share = jnp.maximum(-(-items.blocks // splits), items.sink_blocks)[:, None]
-    begin = number * share
-    sinks = jnp.where(number == 0, items.sink_blocks[:, None], 0)
-    first = items.first[:, None] + jnp.maximum(begin - items.sink_blocks[:, None], 0)
-    blocks = jnp.clip(items.blocks[:, None] - begin, 0, share)
-    whole = Items(*(jnp.broadcast_to(x[:, None], (len(x), splits)) for x in items))
-    parts = whole._replace(first=first, sink_blocks=sinks, blocks=blocks)
-    return Items(*(x.reshape(-1) for x in parts))
-
-
-def merge_splits(
-    out: Array, lse: Array, splits: int, tokens: int, group: int
+def attend_tiles(
+    q: Array,
+    arrays: Sequence[Array],
+    items: Items,
+    count: Array,
+    masking: Masking,
+    source: Source,
+    *,
+    kv_heads: int,
+    alibi_slopes: Array | None,
+    softmax: Softmax,
+    **options: Any,
 ) -> tuple[Array, Array]:
-    """`[tiles * splits, kv_heads, rows, dim]` -> `[tiles, tokens, heads, dim]`, and so the
-    log-sum-exp.
+    """`stream_attention` of tiles `[tiles, tokens, heads, dim]`, with their splits merged; out is
+    like q, the log-sum-exp `[tiles, tokens, heads]`.
     """
+    splits = masking.splits
     if splits > 1:
-        parts = (jnp.moveaxis(x.reshape(-1, splits, *x.shape[1:]), 1, 0) for x in (out, lse))
-        out, lse = merge(*(list(x) for x in parts))
-    return unstack_rows(out, tokens, group), unstack_rows(lse[..., None], tokens, group)[..., 0]
+        items = split_items(items, splits)
+    phi = softmax.phi if isinstance(softmax, Unified) else None
+    slopes, phi = (
+        None if x is None else per_row(x, masking.tokens, kv_heads, masking.rows)
+        for x in (alibi_slopes, phi)
+    )
+    part, real = jnp.arange(len(q) * splits + 1, dtype=jnp.int32), count * splits
+    tiles = jnp.where(jnp.arange(len(items.tile)) < real, items.tile, len(q))
+    first = jnp.minimum(part, real) if splits > 1 else jnp.searchsorted(tiles, part)
+    found = stream_attention(
+        stack_rows(q, kv_heads, masking.rows),
+        arrays,
+        items,
+        first.astype(jnp.int32),
+        masking=masking,
+        source=source,
+        slopes=slopes,
+        phi=phi,
+        **options,
+    )
+    if splits > 1:
+        parts = (jnp.moveaxis(x.reshape(-1, splits, *x.shape[1:]), 1, 0) for x in found)
+        found = merge(*(list(x) for x in parts))
+    out, lse = (unstack_rows(x, masking.tokens, masking.group) for x in found)
+    return out, lse
 
 
-def per_row(values: Array | None, tokens: int, kv_heads: int, rows: int) -> Array | None:
-    """`[heads]` -> float32 `[kv_heads, rows]`, as the rows of a tile are stacked."""
-    if values is None:
-        return None
-    each = jnp.broadcast_to(values.astype(jnp.float32)[None, :, None], (tokens, *values.shape, 1))
-    return stack_rows(each[None], kv_heads, rows)[0, ..., 0]
+def padded_rows(rows: int) -> int:
+    """A multiple of 8, the rows of one tile in shared memory."""
+    return -(-rows // 8) * 8
 
 
 def splits_for(target: Target | None, blocks_of_threads: int, keys: int) -> int:

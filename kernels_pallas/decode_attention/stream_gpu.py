@@ -21,12 +21,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.attention import gpu_operations as gpu
+from kernels_pallas.decode_attention.scores_gpu import LOG2E, Span, iota, logits, visible
 from kernels_pallas.decode_attention.stream import Items, Masking, Place
 
 Array = jax.Array
 ROWS = 64
 KEYS = 64
-LOG2E = 1.4426950408889634
+COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
+"""Of a thread, where three warpgroups share them."""
 NOWHERE = 1 << 30
 """Token of a row that only fills the tile."""
 LOWEST = -1e30
@@ -42,7 +44,7 @@ class Source(Protocol):
         ...
 
     def start(
-        self, copy: Callable[[Any, Any], None], array: Any, which: int, ring: Any, head: Any,
+        self, copy: Callable[[Any, Any], None], array: Any, which: int, slot: Any, head: Any,
         at: Place,
     ) -> None:  # fmt: skip
         """`copy(source, destination)` for each piece of the keys (0) or values (1) of a block."""
@@ -173,12 +175,14 @@ class References(NamedTuple):
 
 
 def _named(masking: Masking, arrays: int, refs: Sequence[Any]) -> References:
-    left = iter(refs)
-    several = lambda number: [next(left) for _ in range(number)]  # noqa: E731
-    scalars = several(6)
-    slopes = next(left) if masking.alibi else None
-    phi = next(left) if masking.unified is not None else None
-    return References(*scalars, slopes, phi, several(arrays), *several(10))  # pyright: ignore
+    left = list(refs)
+    optional = {"slopes": masking.alibi, "phi": masking.unified is not None}
+    named: dict[str, Any] = {}
+    for name in References._fields:
+        count = arrays if name == "arrays" else optional.get(name, 1)
+        taken, left = left[:count], left[count:]
+        named[name] = taken if name == "arrays" else taken[0] if taken else None
+    return References(**named)
 
 
 def _kernel(call: Call, rows: int, arrays: int, *refs: Any) -> None:
@@ -189,10 +193,14 @@ def _kernel(call: Call, rows: int, arrays: int, *refs: Any) -> None:
 
     @pl.when(warpgroup < call.warpgroups)
     def _compute() -> None:
+        if call.warpgroups > 1:
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         _multiply(call, r, rows, head, part, warpgroup, start, stop)
 
     @pl.when(warpgroup == call.warpgroups)
     def _copy() -> None:
+        if call.warpgroups > 1:
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
         _fill(call, r, head, start, stop)
 
 
@@ -310,16 +318,22 @@ def _attend(
     plgpu.barrier_wait(r.keys_there.at[slot])
     scores = gpu.product(q, r.keys.at[slot], call.simulate, transposed=True)
     place = _place(r, item, turn)
-    visible, distance = _visible(call, r, item, place, tokens, scores.shape)
-    scores = _logits(call.masking, scores, distance, slopes)
-    scores = jnp.where(visible, scores, LOWEST)
+    span = Span(
+        begin=_field(r, "begin", item),
+        end=_field(r, "end", item),
+        shift=_field(r, "shift", item),
+        length=place.length,
+        slot=place.block * KEYS,
+    )
+    seen, distance = visible(call.masking, span, tokens, scores.shape, call.simulate)
+    scores = jnp.where(seen, logits(call.masking, scores, distance, slopes), LOWEST)
     values, peak, total = state
     if online:
         now = jnp.maximum(peak, jnp.max(scores, axis=1))
         keep = jnp.exp2(peak - now)
         values, total, peak = values * gpu.down(keep, values.shape), total * keep, now
     weights = jnp.exp2(scores - gpu.down(peak, scores.shape))
-    weights = jnp.where(visible, weights, 0.0)
+    weights = jnp.where(seen, weights, 0.0)
     total = total + jnp.sum(weights, axis=1)
     plgpu.barrier_wait(r.values_there.at[slot])
     left = place.length - place.block * KEYS
@@ -329,52 +343,10 @@ def _attend(
     return State(values, peak, total)
 
 
-def _logits(masking: Masking, scores: Array, distance: Array, slopes: Any) -> Array:
-    """In base 2."""
-    if masking.soft_cap is None and slopes is None:
-        return scores * (masking.scale * LOG2E)
-    scores = scores * masking.scale
-    if slopes is not None:
-        scores = scores - gpu.down(slopes, scores.shape) * distance.astype(jnp.float32)
-    if masking.soft_cap is not None:
-        scores = masking.soft_cap * jnp.tanh(scores * (1 / masking.soft_cap))
-    return scores * LOG2E
-
-
-def _visible(
-    call: Call, r: References, item: Any, place: Place, tokens: Array, shape: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """What each row may see of a block, and the distances: `[rows, keys]`."""
-    masking = call.masking
-    shift, end = _field(r, "shift", item), _field(r, "end", item)
-    mine = (tokens >= _field(r, "begin", item)) & (tokens < end)
-    position = tokens + shift
-    slot = _iota(call, shape, 1) + place.block * KEYS
-    visible = gpu.down(jnp.where(mine, place.length, 0), shape) > slot
-    key = slot
-    if masking.ring is not None:
-        newest = end + shift - 1
-        behind = jax.lax.rem(newest, jnp.int32(masking.ring)) - slot
-        key = newest - jnp.where(behind < 0, behind + masking.ring, behind)
-    distance = gpu.down(position, shape) - key
-    if masking.causal:
-        visible = visible & (distance >= 0)
-    if masking.window is not None:
-        near = distance < masking.window
-        visible = visible & (near | (key < masking.sinks) if masking.sinks else near)
-    return visible, distance
-
-
-def _iota(call: Call, shape: tuple[int, ...], axis: int) -> Array:
-    if call.simulate:
-        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=gpu.matrix())
-
-
 def _clean(call: Call, values: Any, left: Any) -> None:
     """Zero what lies beyond the first `left` values; it is weighted by 0, but may be NaN."""
     x = gpu.load(values, gpu.matrix(), call.simulate)
-    values[...] = jnp.where(_iota(call, x.shape, 0) < left, x, jnp.zeros_like(x))
+    values[...] = jnp.where(iota(x.shape, 0, call.simulate) < left, x, jnp.zeros_like(x))
     plgpu.commit_smem()
 
 
@@ -393,9 +365,9 @@ def _fall_back(
     out_of_range = jnp.where(good, 0.0, jnp.where(mine, 1.0, 0.0))
     room[...] = out_of_range
     count = jax.lax.fori_loop(0, rows, lambda row, sum: sum + room[row], jnp.float32(0))
-    spare = jnp.int32(call.slots)
 
     def block(turn: Any, again: State) -> State:
+        spare = call.slots + jnp.minimum(turn, 0)  # traced: JAX 0.12 takes no literal here
         _start(call, r, head, _place(r, item, turn), spare)
         return attend(item, turn, spare, again, True)
 

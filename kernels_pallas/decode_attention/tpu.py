@@ -12,8 +12,15 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.decode_attention import cost
 from kernels_pallas.decode_attention.softmax import Softmax, Unified
-from kernels_pallas.decode_attention.stream import Items, Masking, Place
+from kernels_pallas.decode_attention.stream import Blocks, Items, Masking, Place
 from kernels_pallas.decode_attention.stream_tpu import stream_attention
+from kernels_pallas.decode_attention.work import (
+    masking_of,
+    per_row,
+    sequence_items,
+    stack_rows,
+    unstack_rows,
+)
 from kernels_pallas.target import Target
 from kernels_pallas.tpu_topology import GENERATIONS
 from kernels_pallas.tuning import Key, best
@@ -89,14 +96,13 @@ def decode_attention(
     window: int | None = None,
     sinks: int = 0,
     rolling: bool = False,
-    soft_cap: float | None = None,
     alibi_slopes: Array | None = None,
-    scale: float | None = None,
     softmax: Softmax = "online",
     return_lse: bool = False,
     target: Target | None = None,
     block: int | None = None,
     interpret: Any = False,
+    **options: Any,
 ) -> Any:
     """See `reference.decode_attention`. block: slots read at a time, which must divide them; None
     chooses.
@@ -105,42 +111,73 @@ def decode_attention(
         k, v, layer = k[None], v[None], 0
     batch, queries, heads, head_dim = q.shape
     kv_heads, slots = k.shape[2:4]
-    group = heads // kv_heads
     seen = slots if window is None else min(slots, window + queries + sinks)
     keys = block or measured_block(q, k, v, target)
-    rows = padded_rows(queries * group, q.dtype)
-    masking = Masking(
+    group = heads // kv_heads
+    masking = masking_of(
         queries,
         group,
-        rows,
-        head_dim**-0.5 if scale is None else scale,
+        padded_rows(queries * group, q.dtype),
+        head_dim=head_dim,
         window=window,
         sinks=sinks,
         ring=slots if rolling else None,
-        soft_cap=soft_cap,
-        unified=(softmax.low, softmax.high) if isinstance(softmax, Unified) else None,
-        alibi=alibi_slopes is not None,
+        softmax=softmax,
+        alibi_slopes=alibi_slopes,
         return_lse=return_lse,
+        **options,
     )
-    out, lse = stream_attention(
-        stack_rows(q, kv_heads, rows),
+    out, lse = attend_tiles(
+        q,
         (k, v),
-        dense_items(lengths, queries, slots, keys, masking),
+        sequence_items(lengths, lengths - queries, slots, keys, masking),
         jnp.int32(batch),
-        masking=masking,
-        blocks=DenseBlocks(keys, kv_heads, head_dim, v.shape[-1], k.dtype),
+        masking,
+        DenseBlocks(keys, kv_heads, head_dim, v.shape[-1], k.dtype),
+        alibi_slopes=alibi_slopes,
+        softmax=softmax,
         layer=layer,
-        slopes=per_row(alibi_slopes, queries, kv_heads, rows),
-        phi=per_row(softmax.phi if isinstance(softmax, Unified) else None, queries, kv_heads, rows),
         cores=cores_for(target, batch),
         vmem_bytes=vmem_for(target),
         cost=cost.estimate(*cost.decode_attention(q, k[0], v[0], tokens=batch * seen)),
         interpret=interpret,
     )
-    out = unstack_rows(out, queries, group)
-    if lse is None:
-        return out
-    return out, unstack_rows(lse[..., :1], queries, group)[..., 0]
+    return (out, lse) if return_lse else out
+
+
+def attend_tiles(
+    q: Array,
+    arrays: Sequence[Array],
+    items: Items,
+    count: Array,
+    masking: Masking,
+    blocks: Blocks,
+    *,
+    alibi_slopes: Array | None,
+    softmax: Softmax,
+    **options: Any,
+) -> Any:
+    """`stream_attention` of tiles `[tiles, tokens, heads, dim]`; out is like q, the log-sum-exp
+    `[tiles, tokens, heads]`, or None.
+    """
+    phi = softmax.phi if isinstance(softmax, Unified) else None
+    slopes, phi = (
+        None if x is None else per_row(x, masking.tokens, blocks.kv_heads, masking.rows)
+        for x in (alibi_slopes, phi)
+    )
+    out, lse = stream_attention(
+        stack_rows(q, blocks.kv_heads, masking.rows),
+        arrays,
+        items,
+        count,
+        masking=masking,
+        blocks=blocks,
+        slopes=None if slopes is None else slopes[..., None],
+        phi=None if phi is None else phi[..., None],
+        **options,
+    )
+    lse = None if lse is None else unstack_rows(lse[..., 0], masking.tokens, masking.group)
+    return unstack_rows(out, masking.tokens, masking.group), lse
 
 
 def obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any]) -> str | None:
@@ -188,65 +225,6 @@ def vmem_for(target: Target | None) -> int | None:
     if target is None or target.generation in (None, "v4"):
         return None
     return GENERATIONS[target.generation].vmem_bytes * 3 // 4
-
-
-def dense_items(lengths: Array, queries: int, slots: int, keys: int, masking: Masking) -> Items:
-    """One item a sequence, its window's blocks only."""
-    batch = lengths.shape[0]
-    number = jnp.arange(batch, dtype=jnp.int32)
-    used = jnp.minimum(lengths, slots)
-    stop = jnp.maximum((used + keys - 1) // keys, 1)
-    begin = number * queries
-    oldest = lengths - queries - (masking.window or 0) + 1
-    first, sinks = seen_blocks(oldest, stop, keys, masking)
-    one = jnp.ones(batch, jnp.int32)
-    shift = lengths - queries - begin
-    return Items(
-        number,
-        number,
-        first,
-        sinks,
-        sinks + stop - first,
-        begin,
-        begin + queries,
-        shift,
-        used,
-        one,
-        one,
-    )
-
-
-def seen_blocks(oldest: Array, stop: Array, keys: int, masking: Masking) -> tuple[Array, Array]:
-    """The first block that a window needs, and how many blocks before it the sinks need."""
-    if masking.window is None or masking.ring is not None:
-        return jnp.zeros_like(stop), jnp.zeros_like(stop)
-    first = jnp.clip(oldest // keys, 0, stop - 1)
-    return first, jnp.minimum(first, -(-masking.sinks // keys))
-
-
-def stack_rows(q: Array, kv_heads: int, rows: int) -> Array:
-    """`[tiles, tokens, heads, dim]` -> `[tiles, kv_heads, rows, dim]`: tokens and the heads of a kv
-    head side by side, padded with zeros.
-    """
-    tiles, tokens, heads, dim = q.shape
-    q = jnp.swapaxes(q.reshape(tiles, tokens, kv_heads, heads // kv_heads, dim), 1, 2)
-    q = q.reshape(tiles, kv_heads, -1, dim)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, rows - q.shape[2]), (0, 0)))
-
-
-def unstack_rows(out: Array, tokens: int, group: int) -> Array:
-    """`[tiles, kv_heads, rows, dim]` -> `[tiles, tokens, heads, dim]`."""
-    tiles, kv_heads, _, dim = out.shape
-    out = out[:, :, : tokens * group].reshape(tiles, kv_heads, tokens, group, dim)
-    return jnp.swapaxes(out, 1, 2).reshape(tiles, tokens, kv_heads * group, dim)
-
-
-def per_row(values: Array | None, tokens: int, kv_heads: int, rows: int) -> Array | None:
-    """`[heads]` -> float32 `[kv_heads, rows, 1]`, as the rows of a tile are stacked."""
-    if values is None:
-        return None
-    each = jnp.broadcast_to(values.astype(jnp.float32)[None, :, None], (tokens, *values.shape, 1))
-    return stack_rows(each[None], kv_heads, rows)[0]
 
 
 def padded_rows(rows: int, dtype: Any) -> int:

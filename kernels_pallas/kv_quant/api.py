@@ -13,7 +13,7 @@ from kernels_pallas import door
 from kernels_pallas.attention.reference import merge
 from kernels_pallas.decode_attention.api import decode_attention, split
 from kernels_pallas.decode_attention.softmax import Softmax
-from kernels_pallas.kv_quant import reference, tpu
+from kernels_pallas.kv_quant import gpu, reference, tpu
 from kernels_pallas.kv_quant.pages import KiviPages, QuantizedPages
 
 Array = jax.Array
@@ -21,8 +21,8 @@ Array = jax.Array
 OPERATION = door.Operation(
     "quantized_attention",
     reference.quantized_attention,
-    {"tpu": tpu.quantized_attention},
-    {"tpu": tpu.obstacle},
+    {"tpu": tpu.quantized_attention, "gpu": gpu.quantized_attention},
+    {"tpu": tpu.obstacle, "gpu": gpu.obstacle},
 )
 IMPLEMENTATIONS = ("plain", *OPERATION.kernels)
 

@@ -16,19 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.decode_attention.cost import estimate
-from kernels_pallas.decode_attention.softmax import Softmax, Unified
-from kernels_pallas.decode_attention.stream import Items, Masking, Place
-from kernels_pallas.decode_attention.stream_tpu import stream_attention
+from kernels_pallas.decode_attention.softmax import Softmax
+from kernels_pallas.decode_attention.stream import Place
 from kernels_pallas.decode_attention.tpu import (
+    attend_tiles,
     cores_for,
     dot,
     padded_rows,
-    per_row,
     rows_obstacle,
-    stack_rows,
-    unstack_rows,
     vmem_for,
 )
+from kernels_pallas.decode_attention.work import masking_of, sequence_items
 from kernels_pallas.kv_quant import cost
 from kernels_pallas.kv_quant.pages import Int8Pages, KiviPages, QuantizedPages
 from kernels_pallas.paged_attention.tpu import visit_pages
@@ -163,66 +161,48 @@ def quantized_attention(
     *,
     positions: Array | None = None,
     layer: Any = 0,
-    soft_cap: float | None = None,
     alibi_slopes: Array | None = None,
-    scale: float | None = None,
     softmax: Softmax = "online",
     return_lse: bool = False,
     target: Target | None = None,
     block_pages: int | None = None,
     interpret: Any = False,
+    **options: Any,
 ) -> Any:
     """See `reference.quantized_attention`. block_pages: pages read at a time."""
     batch, queries, heads, head_dim = q.shape
-    kv_heads = pages.keys.shape[2]
-    group = heads // kv_heads
-    width = page_table.shape[1]
-    count = block_pages or measured_pages(q, pages, width, target)
+    group = heads // pages.keys.shape[2]
+    count = block_pages or measured_pages(q, pages, page_table.shape[1], target)
     blocks = blocks_of(pages, q.dtype, count)
-    masking = Masking(
+    masking = masking_of(
         queries,
         group,
         padded_rows(queries * group, q.dtype),
-        head_dim**-0.5 if scale is None else scale,
-        soft_cap=soft_cap,
-        unified=(softmax.low, softmax.high) if isinstance(softmax, Unified) else None,
-        alibi=alibi_slopes is not None,
+        head_dim=head_dim,
+        softmax=softmax,
+        alibi_slopes=alibi_slopes,
         return_lse=return_lse,
+        **options,
     )
-    per = (queries, kv_heads, masking.rows)
-    out, lse = stream_attention(
-        stack_rows(q, kv_heads, masking.rows),
+    first = lengths - queries if positions is None else positions
+    read = page_table.size * pages.page_size
+    out, lse = attend_tiles(
+        q,
         arrays_of(pages),
-        page_items(lengths, positions, queries, blocks.keys),
+        sequence_items(lengths, first, read, blocks.keys, masking),
         jnp.int32(batch),
-        masking=masking,
-        blocks=blocks,
+        masking,
+        blocks,
+        alibi_slopes=alibi_slopes,
+        softmax=softmax,
         layer=layer,
         table=page_table,
-        slopes=per_row(alibi_slopes, *per),
-        phi=per_row(softmax.phi if isinstance(softmax, Unified) else None, *per),
         cores=cores_for(target, batch),
         vmem_bytes=vmem_for(target),
-        cost=estimate(
-            *cost.quantized_attention(q, pages, cached_tokens=page_table.size * pages.page_size)
-        ),
+        cost=estimate(*cost.quantized_attention(q, pages, cached_tokens=read)),
         interpret=interpret,
     )
-    out = unstack_rows(out, queries, group)
-    if lse is None:
-        return out
-    return out, unstack_rows(lse[..., :1], queries, group)[..., 0]
-
-
-def page_items(lengths: Array, positions: Array | None, queries: int, keys: int) -> Items:
-    """One item a sequence."""
-    number = jnp.arange(len(lengths), dtype=jnp.int32)
-    begin, one, zero = number * queries, jnp.ones_like(number), jnp.zeros_like(number)
-    first = lengths - queries if positions is None else positions
-    count = jnp.maximum(-(-lengths // keys), 1)
-    return Items(
-        number, number, zero, zero, count, begin, begin + queries, first - begin, lengths, one, one
-    )
+    return (out, lse) if return_lse else out
 
 
 def arrays_of(pages: QuantizedPages) -> tuple[Array, Array, Array, Array]:

@@ -11,15 +11,15 @@ import jax
 from kernels_pallas import door
 from kernels_pallas.decode_attention.api import split
 from kernels_pallas.decode_attention.softmax import Softmax
-from kernels_pallas.paged_attention import reference, storing, tpu
+from kernels_pallas.paged_attention import gpu, reference, storing, tpu
 
 Array = jax.Array
 
 OPERATION = door.Operation(
     "paged_attention",
     reference.paged_attention,
-    {"tpu": tpu.paged_attention},
-    {"tpu": tpu.obstacle},
+    {"tpu": tpu.paged_attention, "gpu": gpu.paged_attention},
+    {"tpu": tpu.obstacle, "gpu": gpu.obstacle},
 )
 APPEND = door.Operation("append", storing.plain, {"tpu": storing.on_tpu}, {"tpu": lambda *_: None})
 IMPLEMENTATIONS = ("plain", *OPERATION.kernels)

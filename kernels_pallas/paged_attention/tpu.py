@@ -1,8 +1,4 @@
-"""Ragged paged attention on a TPU: pages stream from memory (`decode_attention.stream`).
-
-A step may hold both kinds of sequences. Those with one query go through tiles of one token, those
-with more (prompts, chunks of them) through tiles of many, each in a call of its own.
-"""
+"""Ragged paged attention on a TPU: pages stream from memory (`decode_attention.stream`)."""
 
 from __future__ import annotations
 
@@ -18,19 +14,17 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.decode_attention.cost import estimate
 from kernels_pallas.decode_attention.softmax import Softmax, Unified
 from kernels_pallas.decode_attention.stream import Items, Masking, Place
-from kernels_pallas.decode_attention.stream_tpu import stream_attention
 from kernels_pallas.decode_attention.tpu import (
+    attend_tiles,
     dot,
     padded_rows,
-    per_row,
     rows_obstacle,
-    seen_blocks,
-    stack_rows,
     types_obstacle,
-    unstack_rows,
     vmem_for,
 )
+from kernels_pallas.decode_attention.work import masking_of
 from kernels_pallas.paged_attention import cost
+from kernels_pallas.paged_attention.ragged import ragged_attention
 from kernels_pallas.target import Target
 from kernels_pallas.tuning import Key, best
 
@@ -124,12 +118,7 @@ def paged_attention(
     cu_q_lens: Array,
     *,
     layer: Any = None,
-    causal: bool = True,
-    window: int | None = None,
-    sinks: int = 0,
-    soft_cap: float | None = None,
     alibi_slopes: Array | None = None,
-    scale: float | None = None,
     softmax: Softmax = "online",
     max_query_length: int | None = None,
     return_lse: bool = False,
@@ -137,6 +126,7 @@ def paged_attention(
     block_pages: int | None = None,
     tile: int | None = None,
     interpret: Any = False,
+    **options: Any,
 ) -> Any:
     """See `reference.paged_attention`. block_pages: pages read at a time. tile: tokens of a prompt
     that are computed at a time.
@@ -144,14 +134,14 @@ def paged_attention(
     if layer is None:
         pages, layer = pages[None], 0
     _, _, size, pairs, dim = pages.shape
-    heads, kv_heads = q.shape[1], pairs // 2
+    kv_heads, group = pairs // 2, 2 * q.shape[1] // pairs
     prompts, width = max_query_length != 1, page_table.shape[1]
     key = tuning_key(
         tokens=len(q),
         sequences=len(kv_lens),
         length=width * size,
         page_size=size,
-        heads=heads,
+        heads=q.shape[1],
         kv_heads=kv_heads,
         head_dim=dim,
         prompts=prompts,
@@ -163,205 +153,38 @@ def paged_attention(
     count = block_pages or pages_of(
         size, token_bytes, width, sizes["block_bytes"], sizes["block_tokens"]
     )
-    call = RaggedCall(
-        InterleavedBlocks(count, size, kv_heads, dim, pages.dtype),
-        dim**-0.5 if scale is None else scale,
-        causal,
-        window,
-        sinks,
-        soft_cap,
-        alibi_slopes,
-        softmax,
-        target,
-        interpret,
-    )
-    given = (q, (pages,), layer, page_table, kv_lens, cu_q_lens)
-    out = jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-    out = call.decode(out, *given)
-    if prompts:
-        rows = sizes["tile_rows"] // (2 if isinstance(softmax, Unified) else 1)
-        tokens = tile or tile_of(heads // kv_heads, kv_heads, rows, max_query_length or len(q))
-        out = call.prefill(out, *given, tokens)
-    return out if return_lse else out[0]
+    blocks = InterleavedBlocks(count, size, kv_heads, dim, pages.dtype)
 
+    def masking(tokens: int) -> Masking:
+        rows = padded_rows(tokens * group, q.dtype)
+        shared = {"softmax": softmax, "alibi_slopes": alibi_slopes, "return_lse": True}
+        return masking_of(tokens, group, rows, head_dim=dim, **shared, **options)
 
-@dataclass(frozen=True)
-class RaggedCall:
-    """One call's options, and its two passes over a step's tokens."""
-
-    blocks: Any
-    scale: float
-    causal: bool
-    window: int | None
-    sinks: int
-    soft_cap: float | None
-    alibi_slopes: Array | None
-    softmax: Softmax
-    target: Target | None
-    interpret: Any
-
-    def decode(
-        self,
-        out: tuple[Array, Array],
-        q: Array,
-        arrays: Sequence[Array],
-        layer: Any,
-        page_table: Array,
-        kv_lens: Array,
-        cu_q_lens: Array,
-    ) -> tuple[Array, Array]:
-        """The sequences of one token, a tile each; the others' items are left to the end."""
-        starts, mine = cu_q_lens[:-1], cu_q_lens[1:] - cu_q_lens[:-1] == 1
-        order = jnp.argsort(~mine, stable=True)
-        rows = jnp.where(mine, starts, len(q))[order]
-        number = jnp.arange(len(order), dtype=jnp.int32)
-        masking = self._masking(q, 1)
-        lengths = kv_lens[order]
-        stop = jnp.maximum(-(-lengths // self.blocks.keys), 1)
-        first, sinks = seen_blocks(lengths - (self.window or 0), stop, self.blocks.keys, masking)
-        one = jnp.ones_like(number)
-        items = Items(
-            number,
-            order.astype(jnp.int32),
-            first,
-            sinks,
-            sinks + stop - first,
-            number,
-            number + 1,
-            lengths - 1 - number,
-            lengths,
-            one,
-            one,
-        )
-        taken = jnp.take(q, rows, axis=0, mode="clip")[:, None]
-        count = jnp.sum(mine, dtype=jnp.int32)
-        part = self._stream(taken, arrays, layer, page_table, items, count, masking)
-        return jax.tree.map(lambda x, new: x.at[rows].set(new[:, 0], mode="drop"), out, part)
-
-    def prefill(
-        self,
-        out: tuple[Array, Array],
-        q: Array,
-        arrays: Sequence[Array],
-        layer: Any,
-        page_table: Array,
-        kv_lens: Array,
-        cu_q_lens: Array,
-        tokens: int,
-    ) -> tuple[Array, Array]:
-        """The sequences of more tokens, in tiles of the flat order, which sequences may share."""
-        masking = self._masking(q, tokens)
-        starts, ends = cu_q_lens[:-1], cu_q_lens[1:]
-        mine = ends - starts > 1
-        tiles = -(-len(q) // tokens)
-        items, count = ragged_items(starts, ends, kv_lens, mine, tiles, self.blocks.keys, masking)
-        padded = jnp.pad(q, ((0, tiles * tokens - len(q)), (0, 0), (0, 0)))
-        padded = padded.reshape(tiles, tokens, *q.shape[1:])
-        part = self._stream(padded, arrays, layer, page_table, items, count, masking)
-        part = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(q)], part)
-        token = jnp.arange(len(q), dtype=jnp.int32)
-        owner = jnp.searchsorted(ends, token, side="right")
-        chosen = mine[jnp.minimum(owner, len(mine) - 1)] & (token < ends[-1])
-        return jax.tree.map(
-            lambda x, new: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), new, x), out, part
-        )
-
-    def _masking(self, q: Array, tokens: int) -> Masking:
-        group = q.shape[1] // self.blocks.kv_heads
-        softmax = self.softmax
-        return Masking(
-            tokens,
-            group,
-            padded_rows(tokens * group, q.dtype),
-            self.scale,
-            causal=self.causal,
-            window=self.window,
-            sinks=self.sinks,
-            soft_cap=self.soft_cap,
-            unified=(softmax.low, softmax.high) if isinstance(softmax, Unified) else None,
-            alibi=self.alibi_slopes is not None,
-            return_lse=True,
-        )
-
-    def _stream(
-        self,
-        q: Array,
-        arrays: Sequence[Array],
-        layer: Any,
-        page_table: Array,
-        items: Items,
-        count: Array,
-        masking: Masking,
-    ) -> tuple[Array, Array]:
-        """q `[tiles, tokens, heads, dim]`."""
-        blocks = self.blocks
-        phi = self.softmax.phi if isinstance(self.softmax, Unified) else None
-        per = (masking.tokens, blocks.kv_heads, masking.rows)
-        out, lse = stream_attention(
-            stack_rows(q, blocks.kv_heads, masking.rows),
-            arrays,
+    def run(q: Array, items: Items, count: Array, masking: Masking) -> tuple[Array, Array]:
+        read = page_table.size * size
+        flat = q.reshape(-1, *q.shape[2:])
+        return attend_tiles(
+            q,
+            (pages,),
             items,
             count,
-            masking=masking,
-            blocks=blocks,
+            masking,
+            blocks,
+            alibi_slopes=alibi_slopes,
+            softmax=softmax,
             layer=layer,
             table=page_table,
-            slopes=per_row(self.alibi_slopes, *per),
-            phi=per_row(phi, *per),
-            vmem_bytes=vmem_for(self.target),
-            cost=estimate(
-                *cost.paged_attention(
-                    q.reshape(-1, *q.shape[2:]),
-                    arrays[0],
-                    cached_tokens=page_table.size * blocks.page_size,
-                )
-            ),
-            interpret=self.interpret,
+            vmem_bytes=vmem_for(target),
+            cost=estimate(*cost.paged_attention(flat, pages, cached_tokens=read)),
+            interpret=interpret,
         )
-        assert lse is not None
-        out = unstack_rows(out, masking.tokens, masking.group)
-        return out, unstack_rows(lse[..., :1], masking.tokens, masking.group)[..., 0]
 
-
-def ragged_items(
-    starts: Array,
-    ends: Array,
-    kv_lens: Array,
-    mine: Array,
-    tiles: int,
-    keys: int,
-    masking: Masking,
-) -> tuple[Items, Array]:
-    """An item for each tile of tokens and each of the sequences that are `mine` within it."""
-    tokens = masking.tokens
-    first_tile = starts // tokens
-    number = jnp.where(mine, (ends - 1) // tokens - first_tile + 1, 0)
-    stops = jnp.cumsum(number)
-    item = jnp.arange(tiles + len(starts), dtype=jnp.int32)
-    s = jnp.minimum(jnp.searchsorted(stops, item, side="right"), len(starts) - 1)
-    tile = first_tile[s] + item - (stops[s] - number[s])
-    shift = (kv_lens - ends)[s]
-    last = jnp.minimum(ends[s], (tile + 1) * tokens) - 1 + shift
-    needed = jnp.minimum(kv_lens[s], last + 1) if masking.causal else kv_lens[s]
-    stop = jnp.maximum(-(-needed // keys), 1)
-    oldest = jnp.maximum(starts[s], tile * tokens) + shift - (masking.window or 0) + 1
-    first, sinks = seen_blocks(oldest, stop, keys, masking)
-    before = jnp.roll(tile, 1).at[0].set(-1)
-    after = jnp.where(item + 1 < stops[-1], jnp.roll(tile, -1), -1)
-    items = Items(
-        tile,
-        s.astype(jnp.int32),
-        first,
-        sinks,
-        sinks + stop - first,
-        starts[s],
-        ends[s],
-        shift,
-        kv_lens[s],
-        (tile != before).astype(jnp.int32),
-        (tile != after).astype(jnp.int32),
-    )
-    return items, stops[-1]
+    tokens = None
+    if prompts:
+        rows = sizes["tile_rows"] // (2 if isinstance(softmax, Unified) else 1)
+        tokens = tile or tile_of(group, kv_heads, rows, max_query_length or len(q))
+    out = ragged_attention(run, blocks.keys, masking, q, kv_lens, cu_q_lens, tokens)
+    return out if return_lse else out[0]
 
 
 def tuning_key(

@@ -12,7 +12,7 @@ from kernels_pallas import door
 from kernels_pallas.decode_attention.api import split
 from kernels_pallas.decode_attention.softmax import Softmax
 from kernels_pallas.paged_attention import reference as paged
-from kernels_pallas.shared_prefix import reference, tpu
+from kernels_pallas.shared_prefix import gpu, reference, tpu
 from kernels_pallas.shared_prefix.reference import Groups
 
 Array = jax.Array
@@ -20,8 +20,8 @@ Array = jax.Array
 OPERATION = door.Operation(
     "shared_prefix_attention",
     reference.shared_prefix_attention,
-    {"tpu": tpu.shared_prefix_attention},
-    {"tpu": tpu.obstacle},
+    {"tpu": tpu.shared_prefix_attention, "gpu": gpu.shared_prefix_attention},
+    {"tpu": tpu.obstacle, "gpu": gpu.obstacle},
 )
 IMPLEMENTATIONS = ("plain", *OPERATION.kernels)
 
