@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding.layout import Layout, axis_names, suggest_mesh
 from sharding.mesh import show_sizes
 from sharding.rules import STACKED, Rule, match_rules
-from weights import flatten, map_with_path, path_string, specs
+from weights import check_split, flatten, map_with_path, path_string, specs
 
 
 def partition(tree: Any, rules: Sequence[Rule], layout: Layout, role: str = "weights") -> Any:
@@ -41,6 +41,9 @@ def _shard(path: str, weight: Any, rule: Rule, layout: Layout, role: str) -> Any
             f"{path}: shape {tuple(weight.shape)} has {len(weight.shape)} axes but rule "
             f"{rule.pattern!r} gives {len(axes)}: {axes}"
         )
+    degrees = [math.prod(layout.mesh.shape[name] for name in axis_names(entry)) for entry in spec]
+    if len(degrees) > 1:
+        check_split(path, weight, (degrees[-2], degrees[-1]))
     return jax.tree.map(
         lambda entry: NamedSharding(layout.mesh, entry),
         _piece_specs(path, weight, spec),

@@ -2,22 +2,54 @@
 
 A weight is an array, or a registered pytree dataclass that follows `weights.protocol.Weight`.
 Models call `linear`, `matmul`, `embed` and `unembed` and never ask which it is; quantizers,
-pruners and adapters add formats as files of this folder and one line in `FORMATS`.
+pruners and adapters add formats as files of this folder and one line in `FORMATS`. The functions
+that make a format stand beside it: `grouped.quantize`, `int8.quantize`, `normal_float.quantize`.
 """
 
+from weights.act_quant import ActQuant
 from weights.experts import OfLayer, grouped_matmul
-from weights.layers import bias_add, embed, linear, matmul, unembed
-from weights.protocol import Weight, dequantize, is_format, is_weight, nbytes, prepare, specs
+from weights.grouped import Grouped
+from weights.int8 import Int8, Outlier
+from weights.layers import bias_add, embed, linear, lookup, matmul, matmul_transposed, unembed
+from weights.low_rank import LowRank
+from weights.lut import Lut
+from weights.protocol import (
+    Weight,
+    bits_per_weight,
+    check_split,
+    dequantize,
+    describe,
+    is_format,
+    is_weight,
+    nbytes,
+    nominal_bits,
+    prepare,
+    runtime_nbytes,
+    size,
+    specs,
+)
+from weights.second_order import SecondOrder
 from weights.serial import FORMATS, from_arrays, to_arrays
+from weights.stacking import stack, unstack
 from weights.tree import Path, flatten, from_flat, map_with_path, nearest, path_string, paths
 
 __all__ = [
     "FORMATS",
+    "ActQuant",
+    "Grouped",
+    "Int8",
+    "LowRank",
+    "Lut",
     "OfLayer",
+    "Outlier",
     "Path",
+    "SecondOrder",
     "Weight",
     "bias_add",
+    "bits_per_weight",
+    "check_split",
     "dequantize",
+    "describe",
     "embed",
     "flatten",
     "from_arrays",
@@ -26,14 +58,21 @@ __all__ = [
     "is_format",
     "is_weight",
     "linear",
+    "lookup",
     "map_with_path",
     "matmul",
+    "matmul_transposed",
     "nbytes",
     "nearest",
+    "nominal_bits",
     "path_string",
     "paths",
     "prepare",
+    "runtime_nbytes",
+    "size",
     "specs",
+    "stack",
     "to_arrays",
     "unembed",
+    "unstack",
 ]

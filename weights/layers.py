@@ -47,21 +47,29 @@ def embed(params: Mapping[str, Any], tokens: Array, dtype: Any) -> Array:
     """Rows of the table: `int32[...] -> dtype[..., d_model]`; ids outside the vocabulary give
     zeros.
     """
-    table = params["table"]
+    return lookup(params["table"], tokens).astype(dtype)
+
+
+def lookup(table: Any, ids: Array) -> Array:
+    """Rows `[..., d_model]` of a table, an array or a format; ids outside give zeros."""
     if is_format(table):
-        return table.lookup(tokens).astype(dtype)
-    return jnp.take(table, tokens, axis=0, mode="fill", fill_value=0).astype(dtype)
+        return table.lookup(ids)
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=0)
 
 
 def unembed(params: Mapping[str, Any], x: Array, dtype: Any = None) -> Array:
     """Logits against a tied table: `[..., d_model] -> [..., vocab]` in `dtype` (None:
     `x.dtype`).
     """
-    table = params["table"]
-    if is_format(table):
-        return table.matmul_transposed(x).astype(dtype or x.dtype)
-    _check_inner(x.shape[-1], table.shape[1], table.shape)
-    return _product(x, table, 1, dtype)
+    return matmul_transposed(x, params["table"], dtype)
+
+
+def matmul_transposed(x: Array, weight: Any, dtype: Any = None) -> Array:
+    """`x @ w.T`: `[..., d_out] x [d_in, d_out] -> [..., d_in]`, as `matmul`."""
+    if is_format(weight):
+        return weight.matmul_transposed(x).astype(dtype or x.dtype)
+    _check_inner(x.shape[-1], weight.shape[1], weight.shape)
+    return _product(x, weight, 1, dtype)
 
 
 def _product(x: Array, weight: Array, contract: int, dtype: Any) -> Array:

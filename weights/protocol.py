@@ -8,7 +8,8 @@ written for one matrix `[d_in, d_out]`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,6 @@ from jax.sharding import PartitionSpec
 Array = jax.Array
 
 
-@runtime_checkable
 class Weight(Protocol):
     """A stored form of one matrix `[d_in, d_out]`, or of a table `[vocab, d_model]`."""
 
@@ -53,6 +53,24 @@ class Weight(Protocol):
         """The same structure holding the spec of each stored array, given the matrix's spec."""
         ...
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(d_in, d_out)`, of one matrix of a stack."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Values it stands for, those of all layers of a stack."""
+        ...
+
+    def nominal_bits(self) -> float:
+        """Bits a value as a paper would print them: codes only."""
+        ...
+
+    def split_units(self) -> tuple[int, int]:
+        """Rows and columns that must stay together when a mesh splits the matrix."""
+        ...
+
 
 def is_weight(node: Any) -> bool:
     """True for what stands at one path of a params tree: an array (abstract too) or a format."""
@@ -75,9 +93,64 @@ def dequantize(weight: Any, dtype: Any = jnp.float32) -> Array:
 
 def nbytes(weight: Any) -> int:
     """Bytes that a weight takes in its stored form."""
+    return weight.nbytes() if is_format(weight) else runtime_nbytes(weight)
+
+
+def runtime_nbytes(weight: Any) -> int:
+    """Bytes that its arrays take as they are, which may be a prepared form."""
+    leaves = jax.tree.leaves(weight)
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def size(weight: Any) -> int:
+    """Values that a weight stands for, those of all layers of a stack."""
+    return weight.size if is_format(weight) else math.prod(weight.shape)
+
+
+def bits_per_weight(weight: Any) -> float:
+    """Honest bits a value: all of the stored form, scales, zeros, tables and indices included."""
+    return 8 * nbytes(weight) / size(weight)
+
+
+def nominal_bits(weight: Any) -> float:
+    """Bits a value as a paper would print them: codes only."""
     if is_format(weight):
-        return weight.nbytes()
-    return int(np.prod(weight.shape)) * jnp.dtype(weight.dtype).itemsize
+        return weight.nominal_bits()
+    return 8.0 * jnp.dtype(weight.dtype).itemsize
+
+
+def split_units(weight: Any) -> tuple[int, int]:
+    """Rows and columns of a weight that must stay together when a mesh splits it."""
+    return weight.split_units() if hasattr(weight, "split_units") else (1, 1)
+
+
+def check_split(path: str, weight: Any, degrees: tuple[int, int]) -> None:
+    """Raise `ValueError` if a format cannot be cut into so many pieces along its rows and columns.
+
+    Arrays need no more than divisibility, which the mesh itself checks.
+    """
+    if not hasattr(weight, "split_units"):
+        return
+    pairs = zip(("inputs", "outputs"), weight.shape, split_units(weight), degrees, strict=True)
+    for side, extent, unit, degree in pairs:
+        if degree == 1 or extent % (unit * degree) == 0:
+            continue
+        legal = [n for n in range(1, extent // unit + 1) if extent % (unit * n) == 0] or [1]
+        near = sorted(legal, key=lambda n: (abs(n - degree), n))[:3]
+        raise ValueError(
+            f"{path}: {describe(weight)} cannot be split into {degree} along its {extent} {side}: "
+            f"a device holds whole runs of {unit}; nearest degrees that fit: "
+            f"{', '.join(map(str, sorted(near)))}"
+        )
+
+
+def describe(weight: Any) -> str:
+    """A format in words for a message: `Grouped [4096, 1024] (bits 4, group 128)`."""
+    facts = [
+        f"{name} {getattr(weight, name)}" for name in ("bits", "group") if hasattr(weight, name)
+    ]
+    shown = f" ({', '.join(facts)})" if facts else ""
+    return f"{type(weight).__name__} {list(weight.shape)}{shown}"
 
 
 def prepare(weight: Any, backend: str) -> Any:

@@ -11,11 +11,27 @@ from typing import Any
 
 import jax
 
+from weights.act_quant import ActQuant
+from weights.grouped import Grouped
+from weights.int8 import Int8, Outlier
+from weights.low_rank import LowRank
+from weights.lut import Lut
 from weights.protocol import is_weight
+from weights.second_order import SecondOrder
 from weights.tree import map_with_path, nearest
 
-FORMATS: dict[str, type] = {}
-"""Format name -> class. The dense array has no entry: it is stored as it is."""
+FORMATS: dict[str, type] = {
+    "act_quant": ActQuant,
+    "grouped": Grouped,
+    "int8": Int8,
+    "low_rank": LowRank,
+    "lut": Lut,
+    "outlier": Outlier,
+    "second_order": SecondOrder,
+}
+"""Name in a checkpoint -> class: the formats, and what may stand inside one. The dense array has no
+entry: it is stored as it is.
+"""
 
 
 def to_arrays(tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
@@ -31,16 +47,16 @@ def to_arrays(tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
                 f"{path}: weight format {type(weight).__name__} is not in weights.FORMATS"
             )
         fields = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
-        arrays = {key: value for key, value in fields.items() if _holds_arrays(value)}
+        nested = {key: value for key, value in fields.items() if _is_nested(value)}
         description[path] = {
             "format": name,
-            **{key: fields[key] for key in fields if key not in arrays},
+            **{key: fields[key] for key in fields if key not in nested},
         }
-        nested, inner = to_arrays(arrays)
+        arrays, inner = to_arrays(nested)
         description.update({f"{path}/{key}": value for key, value in inner.items()})
-        return nested
+        return arrays
 
-    return map_with_path(split, tree), description
+    return map_with_path(split, tree, is_leaf=_is_split), description
 
 
 def from_arrays(arrays: Any, description: dict[str, dict[str, Any]]) -> Any:
@@ -51,18 +67,47 @@ def from_arrays(arrays: Any, description: dict[str, dict[str, Any]]) -> Any:
             node = {
                 key: build(f"{path}/{key}" if path else key, value) for key, value in node.items()
             }
+        elif isinstance(node, tuple | list):
+            return tuple(build(f"{path}/{index}", value) for index, value in enumerate(node))
         if path not in description:
             return node
-        fields = dict(description[path])
+        fields = {key: _static(value) for key, value in description[path].items()}
         name = fields.pop("format")
         if name not in FORMATS:
             raise ValueError(
                 f"{path}: unknown weight format {name!r}; nearest: {nearest(name, FORMATS)}"
             )
-        return FORMATS[name](**node, **fields)
+        return FORMATS[name](**{key: _in_order(value) for key, value in node.items()}, **fields)
 
-    return build("", arrays)
+    return build("", _with_empty(arrays, description))
 
 
-def _holds_arrays(value: Any) -> bool:
-    return any(is_weight(leaf) for leaf in jax.tree.leaves(value, is_leaf=is_weight))
+def _with_empty(arrays: Any, description: dict[str, dict[str, Any]]) -> Any:
+    """The same dicts, with one for each described part that has no arrays."""
+    tree = jax.tree.map(lambda leaf: leaf, arrays, is_leaf=lambda node: not isinstance(node, dict))
+    for path in description:
+        node = tree
+        for name in path.split("/") if path else ():
+            node = node.setdefault(name, {}) if isinstance(node, dict) else node[int(name)]
+    return tree
+
+
+def _in_order(value: Any) -> Any:
+    """A field that was a tuple, which a folder of arrays holds by number."""
+    if isinstance(value, dict) and value and all(key.isdigit() for key in value):
+        return tuple(value[key] for key in sorted(value, key=int))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _static(value: Any) -> Any:
+    """A static field as it was before it went through JSON."""
+    return tuple(map(_static, value)) if isinstance(value, list) else value
+
+
+def _is_split(node: Any) -> bool:
+    return is_weight(node) or type(node) in FORMATS.values()
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a field holds arrays or parts, and so goes on below the format's path."""
+    return any(_is_split(leaf) for leaf in jax.tree.leaves(value, is_leaf=_is_split))

@@ -36,13 +36,18 @@ def paths(tree: Any) -> list[Path]:
     return list(flatten(tree))
 
 
-def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_with_path(
+    function: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] = is_weight,
+) -> Any:
     """`jax.tree.map` whose function also gets the path first; weights are its leaves."""
     return jax.tree_util.tree_map_with_path(
         lambda key_path, *leaves: function(path_string(key_path), *leaves),
         tree,
         *rest,
-        is_leaf=is_weight,
+        is_leaf=is_leaf,
     )
 
 
