@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernel_case import Case
+from benchmarks.kernel_case import Case, Rival
 from kernels_pallas.attention import SHAPES, AttentionShape, attention
 from kernels_pallas.attention.cost import backward_cost, forward_cost
 
 NAMES = ("gpt2", "llama3_8b", "mistral_7b")
 
 
-def cases(generation: str) -> list[Case]:
+def cases() -> list[Case]:
     """Causal self-attention of whole sequences in bfloat16."""
     found = []
     for name in NAMES:
@@ -25,28 +25,14 @@ def cases(generation: str) -> list[Case]:
         library, by_head = splash(shape)
         first, second = forward_cost(shape), backward_cost(shape)
         both = tuple(sum(pair) for pair in zip(first, second, strict=True))
-        common = {"shapes": of(shape), "library_shapes": by_head}
-        found.append(make(f"attention forward, {name}", run, library, first, common))
-        found.append(
-            make(
-                f"attention with gradients, {name}",
-                gradients(run),
-                gradients(library),
-                both,
-                common,
-            )
-        )
+        for label, calls, cost in (
+            ("forward", (run, library), first),
+            ("with gradients", (gradients(run), gradients(library)), both),
+        ):
+            rival = Rival("splash_attention", calls[1], by_head)
+            made = Case(f"attention {label}, {name}", calls[0], of(shape), *cost, library=rival)
+            found.append(made)
     return found
-
-
-def make(
-    name: str,
-    run: Callable[..., Any],
-    library: Callable[..., Any],
-    cost: tuple[float, ...],
-    common: dict[str, Any],
-) -> Case:
-    return Case(name=name, function=run, library=library, flops=cost[0], bytes=cost[1], **common)
 
 
 def of(shape: AttentionShape) -> tuple[Any, ...]:

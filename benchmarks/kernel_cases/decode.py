@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernel_case import Case
+from benchmarks.kernel_case import Case, Rival
 from kernels_pallas import kv_quant
 from kernels_pallas.decode_attention import SHAPES as DECODE
 from kernels_pallas.decode_attention import Unified, decode_attention
@@ -23,12 +23,14 @@ from kernels_pallas.shared_prefix import SHAPES as SHARED
 from kernels_pallas.shared_prefix import Groups, shared_prefix_attention
 from kernels_pallas.shared_prefix import cost as shared_cost
 
+PAGE = 128
+"""Tokens of a page of the library's, where ours has none."""
 LAYERS = 2
 """Of a cache: more than one, since a copy of a layer would be a fault."""
 
 
-def cases(generation: str) -> list[Case]:
-    """The same for every generation."""
+def cases() -> list[Case]:
+    """Each with the library's kernel where there is one."""
     return [
         decode("llama3_8b"),
         decode("llama3_8b", unified=True),
@@ -64,7 +66,27 @@ def decode(name: str, unified: bool = False) -> Case:
 
     label = f"decode, {name}" + (", unified" if unified else "")
     cost = decode_cost.decode_attention(q, k.update(shape=k.shape[1:]), k, tokens=seen)
-    return Case(label, run, (q, k, k, whole(s.batch), whole()), *cost)
+    shapes = (q, k, k, whole(s.batch), whole())
+    plain = s.window is None and not unified
+    return Case(label, run, shapes, *cost, library=library_decode(s) if plain else None)
+
+
+def library_decode(s: Any) -> Rival:
+    """JAX's own over pages, one layer of them; they stand for the dense cache, or for one of 8
+    bits.
+    """
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention, quantization_utils
+
+    length = getattr(s, "slots", None) or s.length
+    width = length // PAGE
+    lead = (s.kv_heads, s.batch * width, PAGE)
+    pages: Any = array(*lead, s.head_dim)
+    if hasattr(s, "bits"):
+        codes = array(*lead, s.head_dim, dtype=jnp.int8)
+        pages = quantization_utils.QuantizedTensor(codes, array(*lead, 1, dtype=jnp.float32))
+    q = array(s.batch, s.heads, s.head_dim)
+    run = functools.partial(paged_attention, pages_per_compute_block=8)
+    return Rival("paged_attention", run, (q, pages, pages, whole(s.batch), whole(s.batch, width)))
 
 
 def step_of(name: str) -> tuple[Any, tuple[Any, ...], int, int]:
@@ -93,30 +115,25 @@ def paged(name: str) -> Case:
         )
 
     cost = paged_cost.paged_attention(*arrays[:2], cached_tokens=read, pairs=pairs)
-    pages = arrays[1].update(shape=arrays[1].shape[1:])
-    q, table, lens, starts = arrays[0], *arrays[2:]
-    return Case(
-        f"paged, {name}",
-        run,
-        (*arrays, whole()),
-        *cost,
-        library=library_paged,
-        library_shapes=(q, pages, lens, table, starts, whole(1)),
-    )
+    return Case(f"paged, {name}", run, (*arrays, whole()), *cost, library=library_paged(*arrays))
 
 
-def library_paged(*arrays: Any) -> Any:
-    """JAX's own; it has neither a log-sum-exp nor a layer axis, and finds block sizes only on a TPU
-    at hand.
+def library_paged(q: Any, pages: Any, table: Any, lens: Any, starts: Any) -> Rival:
+    """JAX's own, over one layer's pages; it has neither a log-sum-exp nor a layer axis, and finds
+    block sizes only on a TPU at hand.
     """
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     sizes = {"num_kv_pages_per_block": 32, "num_queries_per_block": 32}
-    return ragged_paged_attention(*arrays, **sizes, vmem_limit_bytes=64 * 2**20)
+    run = functools.partial(ragged_paged_attention, **sizes, vmem_limit_bytes=64 * 2**20)
+    pages = pages.update(shape=pages.shape[1:])
+    return Rival("ragged_paged_attention", run, (q, pages, lens, table, starts, whole(1)))
 
 
 def prefix(name: str) -> Case:
-    """A decoding step of one group."""
+    """A decoding step of one group, beside the library's, which reads the group's pages for each
+    sequence.
+    """
     s = SHARED[name]
     first, rest = s.prefix // s.page_size, -(-s.suffix // s.page_size)
     q = array(s.members, s.heads, s.head_dim)
@@ -138,11 +155,14 @@ def prefix(name: str) -> Case:
         suffix_tokens=s.members * s.suffix,
         pairs=s.members * (s.prefix + s.suffix),
     )
-    return Case(f"shared prefix, {name}", run, (q, pages, *step, groups, whole()), *cost)
+    shapes = (q, pages, *step, groups, whole())
+    return Case(
+        f"shared prefix, {name}", run, shapes, *cost, library=library_paged(q, pages, *step)
+    )
 
 
 def quantized(name: str) -> Case:
-    """A token a sequence to quantized pages."""
+    """A token a sequence to quantized pages; XLA reads the pages back and attends to them."""
     s = kv_quant.SHAPES[name]
     width = -(-s.length // s.page_size)
     sizes = (LAYERS, s.batch * width, s.kv_heads, s.page_size, s.head_dim)
@@ -152,9 +172,18 @@ def quantized(name: str) -> Case:
     pages = jax.eval_shape(empty)
     q = array(s.batch, s.queries, s.heads, s.head_dim)
 
-    def run(*arrays: Any) -> Any:
-        return kv_quant.quantized_attention(*arrays[:-1], layer=arrays[-1], return_lse=True)
+    def by(implementation: str | None) -> Any:
+        return lambda *arrays: kv_quant.quantized_attention(
+            *arrays[:-1], layer=arrays[-1], return_lse=True, implementation=implementation
+        )
 
     cost = quantized_cost.quantized_attention(q, pages, cached_tokens=s.batch * s.length)
     shapes = (q, pages, whole(s.batch, width), whole(s.batch), whole())
-    return Case(f"quantized, {name}", run, shapes, *cost)
+    return Case(
+        f"quantized pages, {name}",
+        by(None),
+        shapes,
+        *cost,
+        library=library_decode(s) if s.bits == 8 else None,
+        xla=Rival("XLA", by("plain")),
+    )

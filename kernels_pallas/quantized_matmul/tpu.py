@@ -69,8 +69,7 @@ def matmul(
     """`[M, rows] -> dtype[M, N]`; see `reference.matmul`."""
     plan = plan or make_plan(x.shape[0], w, generation, x.dtype)
     m, groups = x.shape[0], -(-plan.rows // plan.group)
-    sums = jnp.sum(x.reshape(m, w.groups, w.group), axis=-1, dtype=jnp.float32)
-    sums = jnp.pad(sums, ((0, 0), (0, groups - w.groups)))
+    sums = jnp.pad(_group_sums(x, w), ((0, 0), (0, groups - w.groups)))
     x = jnp.pad(x, ((0, 0), (0, plan.rows - w.rows)))
     width = plan.rows if plan.resident else plan.k
     route = LOOK_UP[generation]
@@ -140,6 +139,15 @@ def matmul_transposed(
         constant = jnp.dot(dy.astype(jnp.float32), adding.T, precision=exact)
         dx = dx + jnp.repeat(constant, plan.group, axis=1)[:, : plan.rows]
     return dx[:, : w.rows].astype(dtype)
+
+
+def _group_sums(x: Array, w: Operand) -> Array:
+    """The sum of the input over each group, `float32[M, groups]`; a product, since XLA would write
+    the input out in another layout for a sum.
+    """
+    group = jnp.arange(w.rows, dtype=jnp.int32)[:, None] // w.group
+    members = group == jnp.arange(w.groups, dtype=jnp.int32)
+    return _dot(x, members.astype(x.dtype), 0)
 
 
 def _forward(
