@@ -162,6 +162,24 @@ def test_parts_over_disjoint_keys_merge_to_the_whole(call, cut):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_padding_may_hold_anything(poison):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 6, heads, 4)), jnp.float32) for heads in (2, 1, 1))
+    segments = jnp.asarray([[1, 1, 2, 2, 0, 0]])
+    positions = jnp.asarray([[0, 1, 0, 1, 0, 1]])
+
+    def run(*arrays):
+        where = {"query_positions": positions, "key_positions": positions}
+        where |= {"query_segment_ids": segments, "key_segment_ids": segments}
+        out, lse = attention(*arrays, return_lse=True, **where)
+        return jnp.sum(out**2) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0)), out
+
+    function = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+    clean, found = function(q, k, v), function(*(x.at[:, 4:].set(poison) for x in (q, k, v)))
+    jax.tree.map(np.testing.assert_array_equal, clean, found)
+
+
 def test_bfloat16_stays_close_to_float64():
     shape = SHAPES["quickstart"]
     rng = np.random.default_rng(0)

@@ -62,6 +62,8 @@ def attention(
         gradients.
     """
     check(q, k, v, query_segment_ids, key_segment_ids)
+    q = _without_padding(q, query_segment_ids)
+    k, v = (_without_padding(x, key_segment_ids) for x in (k, v))
     batch, queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     factor = head_dim**-0.5 if scale is None else scale
@@ -139,6 +141,11 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     ]
     out = sum(parts[1:], parts[0]) / safe[..., None]
     return out.astype(outs[0].dtype), jnp.where(seen, jnp.log(safe) + shift, -jnp.inf)
+
+
+def _without_padding(x: Array, segment_ids: Array | None) -> Array:
+    """0 in the place of whatever padding holds: a NaN times a weight of 0 would be one."""
+    return x if segment_ids is None else jnp.where(segment_ids[:, :, None, None] > 0, x, 0)
 
 
 def _exponentials(scores: Array, visible: Array | None) -> tuple[Array, Array, Array]:
