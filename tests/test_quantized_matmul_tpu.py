@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from tpu_aot import compile_and_fit, on_every_generation
+from tpu_aot import REASON, compile_and_fit, on_every_generation
 
 from kernels_pallas.quantized_matmul import SHAPES, cost, packed_rows, quantized_matmul
 from kernels_pallas.tpu_topology import described_mesh
@@ -59,6 +59,16 @@ def test_a_training_step_of_adapters_compiles_over_frozen_codes(generation):
 
     compiled = compile_and_fit(jax.grad(loss), (x_of(64, 1024), made), generation, kernels=2)
     assert compiled.temp_bytes < 1024 * 1280 * 4
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(REASON is not None, reason=REASON or "libtpu compiles here")
+def test_the_gradient_of_many_rows_fits_the_smallest_vector_memory():
+    """Its block of the result is in float32."""
+    made = arrays(4096, 1024, 4, 64, table=True)
+    dy = x_of(2048, 1024)
+    product = functools.partial(quantized_matmul, bits=4, group=64, transposed=True)
+    compile_and_fit(lambda dy, made: product(dy, **made), (dy, made), "v4", kernels=1)
 
 
 @on_every_generation

@@ -310,7 +310,8 @@ def _parameters(generation: str) -> Any:
 
 
 def _estimate(m: int, w: Operand, dtype: Any, out: Any) -> pl.CostEstimate:
-    flops, moved = cost(m, w.rows, w.columns, bits=_bits(w), group=w.group, dtype=dtype, out=out)
+    options = {"bits": _bits(w), "group": w.group, "zeros": w.zeros is not None}
+    flops, moved = cost(m, w.rows, w.columns, dtype=dtype, out=out, **options)
     return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 

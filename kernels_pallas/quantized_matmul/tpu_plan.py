@@ -33,6 +33,8 @@ CHUNK_ROWS = {64: 2048, MOST_ROWS: 512}
 CHUNK_GROUPS = 16
 """Most groups of a chunk, whose products are written out one by one."""
 MOST_CHUNK_ROWS = 4096
+RESULT_SHARE = 0.25
+"""Part of the chip's memory for a block of the transposed product's result, float32, twice."""
 RESIDENT_BYTES = 4 * 2**20
 """The input stays in the chip's memory over all steps up to this size."""
 
@@ -105,6 +107,9 @@ def make_plan(
     assert chunk is not None
     chunks = -(-w.rows // chunk)
     together = max(min(most["weights"] // (chunk * block_n), chunks), 1)
+    if transposed:
+        room = int(GENERATIONS[generation].vmem_bytes * RESULT_SHARE)
+        together = max(min(together, room // (2 * 4 * block_m * chunk)), 1)
     together = -(-chunks // -(-chunks // together))
     rows = -(-chunks // together) * together * chunk
     return Plan(
