@@ -80,7 +80,7 @@ def product(
         return _plain(a, b, transposed)
 
     def run(total: Any) -> Array:
-        plgpu.wgmma(total, a, _transposed(b) if transposed else b)
+        plgpu.wgmma(total, a, transposed_reference(b) if transposed else b)
         if issued is not None:
             issued()
         return total[...]
@@ -105,7 +105,8 @@ def _plain(a: Any, b: Any, transposed: bool) -> Array:
     return jnp.dot(a, b.T if transposed else b, preferred_element_type=jnp.float32)
 
 
-def _transposed(ref: Any) -> Any:
+def transposed_reference(ref: Any) -> Any:
+    """A reference to shared memory of two axes, with its axes swapped."""
     if _TAKES_REFERENCES:
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))

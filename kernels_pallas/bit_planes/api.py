@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import door
-from kernels_pallas.bit_planes import blocks, reference, tpu
+from kernels_pallas.bit_planes import blocks, gpu, reference, tpu
+from kernels_pallas.gpu_topology import gpu_of
 from kernels_pallas.quantized_matmul.api import quantized_matmul, varying_alike
 from kernels_pallas.quantized_matmul.packing import packed_rows
 from kernels_pallas.target import Target, current_target
 
 Array = jax.Array
 
-IMPLEMENTATIONS: tuple[str, ...] = ("plain", "tpu")
+IMPLEMENTATIONS: tuple[str, ...] = ("plain", "tpu", "gpu")
 """Names; "plain" is `blocks` on a CPU and `reference` elsewhere."""
 WIDE = 16
 """What the upper part of an integer that no signed byte holds is divided by."""
@@ -99,12 +102,29 @@ def _plain(x: Array, planes: Array, coding: str) -> Array:
 
 def _tpu(x: Array, planes: Array, coding: str, target: Target) -> Array:
     assert target.generation is not None
-    if x.dtype == jnp.int8:
-        return tpu.matmul(x, planes, coding, generation=target.generation)
-    wide = x.astype(jnp.int16)
-    parts = jnp.concatenate([wide >> 4, wide & 15]).astype(jnp.int8)
-    upper, lower = jnp.split(tpu.matmul(parts, planes, coding, generation=target.generation), 2)
-    return WIDE * upper + lower
+    return _by_signed_bytes(functools.partial(tpu.matmul, generation=target.generation))(
+        x, planes, coding
+    )
+
+
+def _gpu(x: Array, planes: Array, coding: str, target: Target) -> Array:
+    device = gpu_of(target.device_kind)
+    assert device is not None
+    return _by_signed_bytes(functools.partial(gpu.matmul, device=device))(x, planes, coding)
+
+
+def _by_signed_bytes(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel that takes signed bytes, of wider integers too: in two parts."""
+
+    def product(x: Array, planes: Array, coding: str) -> Array:
+        if x.dtype == jnp.int8:
+            return kernel(x, planes, coding)
+        wide = x.astype(jnp.int16)
+        parts = jnp.concatenate([wide >> 4, wide & 15]).astype(jnp.int8)
+        upper, lower = jnp.split(kernel(parts, planes, coding), 2)
+        return WIDE * upper + lower
+
+    return product
 
 
 def _obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any]) -> str | None:
@@ -115,4 +135,17 @@ def _obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any]
     return None
 
 
-OPERATION = door.Operation("bit_planes_matmul", _plain, {"tpu": _tpu}, {"tpu": _obstacle})
+def _obstacle_on_gpu(
+    target: Target, arguments: dict[str, Any], options: dict[str, Any]
+) -> str | None:
+    if gpu_of(target.device_kind) is None:
+        return f"there is none for {target.device_kind}"
+    return gpu.unsupported(arguments["x"], arguments["planes"])
+
+
+OPERATION = door.Operation(
+    "bit_planes_matmul",
+    _plain,
+    {"tpu": _tpu, "gpu": _gpu},
+    {"tpu": _obstacle, "gpu": _obstacle_on_gpu},
+)

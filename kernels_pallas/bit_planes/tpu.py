@@ -52,7 +52,7 @@ def matmul(
 ) -> Array:
     """`int8[M, rows] x planes -> int32[M, N]`; see `reference.matmul`."""
     (bits, words, columns), m = planes.shape, x.shape[0]
-    turned, factor, offset = _bytes(bits, coding)
+    turned, factor, offset = byte_values(bits, coding)
     kind = GENERATIONS[generation].device_kind
     most = best(tuning_key(m, x.shape[1], columns, bits, kind), BLOCKS, fits=fits)
     chunks = -(-words // (WORDS * CHUNK_TILES))
@@ -76,11 +76,11 @@ def matmul(
         cost_estimate=_estimate(m, x.shape[1], columns, bits),
         interpret=interpret,
         name="bit_planes_matmul",
-    )(_by_bytes(x), planes)
+    )(by_bytes(x), planes)
     return factor * total + offset * jnp.sum(x.astype(jnp.int32), axis=1, keepdims=True)
 
 
-def _bytes(bits: int, coding: str) -> tuple[bool, int, int]:
+def byte_values(bits: int, coding: str) -> tuple[bool, int, int]:
     """How a signed byte stands for a code: whether its top bit is turned over, and `value = factor
     * byte + offset`. The top bit of 8 is turned so that a byte holds it, that of a signed code so
     that it is worth `2**bits` less where it is 1.
@@ -113,7 +113,7 @@ def _multiply(x: Any, planes: Any, out: Any, *, turned: bool, native: bool) -> N
 
 
 def _decoded(planes: list[Array]) -> Array:
-    """Planes `uint32[words, columns]` -> `int8[32 * words, columns]`, rows as `_by_bytes` has
+    """Planes `uint32[words, columns]` -> `int8[32 * words, columns]`, rows as `by_bytes` has
     them.
     """
     tiles = [plane.reshape(-1, WORDS, plane.shape[-1]) for plane in planes]
@@ -132,7 +132,7 @@ def _decoded(planes: list[Array]) -> Array:
     return pltpu.bitcast(stacked.reshape(-1, stacked.shape[-1]), jnp.int8)
 
 
-def _by_bytes(x: Array) -> Array:
+def by_bytes(x: Array) -> Array:
     """The columns of `x` in the order of `_decoded`: within a tile by shift, word row, byte."""
     m, columns = x.shape
     parts = x.reshape(m, columns // TILE, 2, 8, WORDS, 2)  # byte's lower bit, shift, t, h

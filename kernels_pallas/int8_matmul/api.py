@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import door
-from kernels_pallas.int8_matmul import blocks, reference, tpu, tpu_quantizer
+from kernels_pallas.gpu_topology import gpu_of
+from kernels_pallas.int8_matmul import blocks, gpu, reference, tpu, tpu_quantizer
 from kernels_pallas.quantized_matmul.api import quantized_matmul, varying_alike
 from kernels_pallas.target import Target, current_target
 
 Array = jax.Array
 
-IMPLEMENTATIONS: tuple[str, ...] = ("plain", "tpu")
-"""Names; "plain" is `blocks` on a CPU and XLA's own product elsewhere."""
+IMPLEMENTATIONS: tuple[str, ...] = ("plain", "tpu", "gpu")
+"""Names; "plain" is `blocks` on a CPU and XLA's own product elsewhere. On a GPU, XLA quantizes the
+rows.
+"""
 
 
 def quantize_rows(
@@ -53,33 +56,42 @@ def int8_matmul(
     scales: Array,
     x_scales: Array | None = None,
     *,
+    bias: Array | None = None,
+    addend: Array | None = None,
     dtype: Any = None,
     implementation: str | None = None,
 ) -> Array:
-    """`x_scales * scales * (x @ codes)`, with an exact integer product.
+    """`x_scales * scales * (x @ codes) + bias + addend`, with an exact integer product.
 
     Args:
         x: `int8[..., K]` with `x_scales`; or floating point, which is quantized here row by row
             (`quantize_rows`). Then its gradient is that of `x @ (codes * scales)`, as if nothing
-            were rounded; codes and scales have none.
+            were rounded, and `bias` and `addend` have theirs; codes and scales have none.
         codes: `int8[K, N]`, K at most `reference.MOST_ROWS`.
         scales: `[N]`.
         x_scales: `[...]`, of an `x` of integers.
+        bias: `[N]`.
+        addend: `[..., N]`, such as the product of the channels that were left out of the codes.
         dtype: of the result; None is `x.dtype`, bfloat16 for an `x` of integers.
         implementation: a name in `IMPLEMENTATIONS`; None picks by device and shape.
 
     Raises `ValueError` naming the argument that does not fit.
     """
     _check(x, codes, scales, x_scales)
+    _check_terms(x, codes, bias, addend)
     call = _Call(implementation, jnp.dtype(dtype or (x.dtype if x_scales is None else "bfloat16")))
-    flat = x.reshape(-1, x.shape[-1])
-    if x_scales is None:
-        flat, codes, scales = varying_alike((flat, codes, scales))
-        y: Array = _straight_through(flat, codes, scales, call)  # pyright: ignore
+    flat, by_row = x.reshape(-1, x.shape[-1]), None if x_scales is None else x_scales.reshape(-1)
+    terms = (bias, None if addend is None else addend.reshape(-1, codes.shape[1]))
+    flat, codes, scales, by_row, terms = varying_alike((flat, codes, scales, by_row, terms))
+    if by_row is None:
+        y: Array = _straight_through(flat, codes, scales, terms, call)  # pyright: ignore
     else:
-        flat, codes, scales, by_row = varying_alike((flat, codes, scales, x_scales.reshape(-1)))
-        y = _product(flat, codes, scales, by_row, call)
+        y = _product(flat, codes, scales, by_row, terms, call)
     return y.reshape(*x.shape[:-1], codes.shape[1])
+
+
+Terms = tuple[Array | None, Array | None]
+"""bias `[N]` and addend `[M, N]`."""
 
 
 @dataclass(frozen=True)
@@ -90,44 +102,60 @@ class _Call:
     dtype: Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _straight_through(x: Array, codes: Array, scales: Array, call: _Call) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _straight_through(x: Array, codes: Array, scales: Array, terms: Terms, call: _Call) -> Array:
     quantized, x_scales, _ = quantize_rows(x)
-    return _product(quantized, codes, scales, x_scales, call)
+    return _product(quantized, codes, scales, x_scales, terms, call)
 
 
-def _forward(x: Array, codes: Array, scales: Array, call: _Call) -> tuple[Array, Any]:
-    return _straight_through(x, codes, scales, call), (codes, scales, x[:0])
+def _forward(x: Array, codes: Array, scales: Array, terms: Terms, call: _Call) -> tuple[Array, Any]:
+    kinds = jax.tree.map(lambda term: term[:0], (x, terms))
+    return _straight_through(x, codes, scales, terms, call), (codes, scales, kinds)
 
 
-def _backward(call: _Call, kept: Any, dy: Array) -> tuple[Array, None, Array]:
-    codes, scales, like = kept
+def _backward(call: _Call, kept: Any, dy: Array) -> tuple[Array, None, Array, Terms]:
+    codes, scales, (like, (bias, addend)) = kept
     dx = quantized_matmul(dy.astype(like.dtype), codes, scales, transposed=True)
-    return dx, None, jnp.zeros_like(scales)
+    of_bias = None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
+    of_addend = None if addend is None else dy.astype(addend.dtype)
+    return dx, None, jnp.zeros_like(scales), (of_bias, of_addend)
 
 
 _straight_through.defvjp(_forward, _backward)
 
 
-def _product(x: Array, codes: Array, scales: Array, x_scales: Array, call: _Call) -> Array:
+def _product(
+    x: Array, codes: Array, scales: Array, x_scales: Array, terms: Terms, call: _Call
+) -> Array:
     implementation, target = call.implementation, current_target()
-    if implementation is None and target.generation != "7x":
+    if implementation is None and target.platform == "tpu" and target.generation != "7x":
         implementation = "plain"  # XLA is as fast; see `tpu`
-    arguments = {"x": x, "w": codes, "x_scales": x_scales, "scales": scales}
+    arguments = {"x": x, "w": codes, "x_scales": x_scales, "scales": scales, "terms": terms}
     return door.call(PRODUCT, implementation, arguments, {"dtype": call.dtype})
 
 
-def _plain_product(x: Array, w: Array, x_scales: Array, scales: Array, dtype: Any) -> Array:
+def _plain_product(
+    x: Array, w: Array, x_scales: Array, scales: Array, terms: Terms, dtype: Any
+) -> Array:
     exact = blocks.product if current_target().platform == "cpu" else reference.product
-    return reference.scaled(exact(x, w), x_scales, scales, dtype)
+    return reference.scaled(exact(x, w), x_scales, scales, dtype, *terms)
 
 
 def _tpu_product(
-    x: Array, w: Array, x_scales: Array, scales: Array, dtype: Any, target: Target
+    x: Array, w: Array, x_scales: Array, scales: Array, terms: Terms, dtype: Any, target: Target
 ) -> Array:
     assert target.generation is not None
-    options = {"generation": target.generation, "dtype": dtype}
-    return tpu.int8_matmul(x, w, x_scales, scales, **options)
+    kind = dtype if all(term is None for term in terms) else jnp.float32
+    y = tpu.int8_matmul(x, w, x_scales, scales, generation=target.generation, dtype=kind)
+    return reference.added(y, *terms).astype(dtype)
+
+
+def _gpu_product(
+    x: Array, w: Array, x_scales: Array, scales: Array, terms: Terms, dtype: Any, target: Target
+) -> Array:
+    device = gpu_of(target.device_kind)
+    assert device is not None
+    return gpu.int8_matmul(x, w, x_scales, scales, *terms, device=device, dtype=dtype)
 
 
 def _tpu_quantizer(x: Array, threshold: float | None, target: Target) -> tuple[Array, Array, Array]:
@@ -143,10 +171,23 @@ def _obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any]
     return None
 
 
+def _obstacle_on_gpu(
+    target: Target, arguments: dict[str, Any], options: dict[str, Any]
+) -> str | None:
+    if gpu_of(target.device_kind) is None:
+        return f"there is none for {target.device_kind}"
+    return gpu.unsupported(arguments["x"], arguments["w"], options["dtype"])
+
+
 QUANTIZER = door.Operation(
     "quantize_rows", reference.quantize_rows, {"tpu": _tpu_quantizer}, {"tpu": _obstacle}
 )
-PRODUCT = door.Operation("int8_matmul", _plain_product, {"tpu": _tpu_product}, {"tpu": _obstacle})
+PRODUCT = door.Operation(
+    "int8_matmul",
+    _plain_product,
+    {"tpu": _tpu_product, "gpu": _gpu_product},
+    {"tpu": _obstacle, "gpu": _obstacle_on_gpu},
+)
 
 
 def _check(x: Array, codes: Array, scales: Array, x_scales: Array | None) -> None:
@@ -172,3 +213,12 @@ def _check(x: Array, codes: Array, scales: Array, x_scales: Array | None) -> Non
         )
     if x_scales is not None and x_scales.shape != x.shape[:-1]:
         raise ValueError(f"x_scales has shape {x_scales.shape}; x {x.shape} takes {x.shape[:-1]}")
+
+
+def _check_terms(x: Array, codes: Array, bias: Array | None, addend: Array | None) -> None:
+    fitting = {"bias": codes.shape[1:], "addend": (*x.shape[:-1], codes.shape[1])}
+    for (name, shape), term in zip(fitting.items(), (bias, addend), strict=True):
+        if term is not None and term.shape != shape:
+            raise ValueError(
+                f"{name} has shape {term.shape}; x {x.shape} and codes {codes.shape} take {shape}"
+            )

@@ -15,7 +15,7 @@ from kernels_pallas.int8_matmul.gpu_product import WIDTH, product
 
 Array = jax.Array
 
-TRANSFORMS = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(WIDTH))
+SWIZZLE = (plgpu.SwizzleTransform(WIDTH),)
 
 
 def unsupported(x: Array, w: Array, dtype: Any) -> str | None:
@@ -60,15 +60,14 @@ class Bytes:
 
     def ring(self, slots: int) -> Any:
         """See `gpu_product.Codes`."""
-        return plgpu.SMEM((slots, DEPTH, WIDTH), jnp.int8, transforms=TRANSFORMS)
+        return plgpu.SMEM((slots, DEPTH, WIDTH), jnp.int8, transforms=SWIZZLE)
 
     def source(self, stored: Any, step: Any, columns: Any) -> Any:
         """See `gpu_product.Codes`."""
         return stored.at[pl.ds(step * DEPTH, DEPTH), columns]
 
-    def tile(self, slot: Any, warpgroup: Any, part: int, simulate: bool) -> Array:
+    def tile(self, slot: Any, warpgroup: Any, simulate: bool) -> Array:
         """See `gpu_product.Codes`."""
-        del part  # a step is one
         if simulate:
             return slot[:, pl.ds(warpgroup * COLUMNS, COLUMNS)].T
-        return operand(turned, DEPTH, (slot, TRANSFORMS))
+        return operand(turned, DEPTH, slot, SWIZZLE)

@@ -61,7 +61,8 @@ class Word:
 
         word = ir.IntegerType.get_signless(32)
         if not isinstance(other, Word):
-            other = Word(arith.constant(word, ir.IntegerAttr.get(word, other)))
+            signed = int(other) - 2**32 if other >= 2**31 else int(other)
+            other = Word(arith.constant(word, ir.IntegerAttr.get(word, signed)))
         return Word(getattr(arith, operation)(self.value, other.value))
 
     def __and__(self, other: Any) -> Word:
@@ -86,34 +87,33 @@ class Word:
         return self._with("shrui", other)
 
 
-def operand(emit: Any, depth: int, *stored: tuple[Any, tuple[Any, ...]]) -> Array:
-    """The tile `int8[COLUMNS, depth]`, transposed, of what `emit` makes of references.
+def operand(emit: Any, depth: int, stored: Any, transforms: tuple[Any, ...] = ()) -> Array:
+    """The tile `int8[COLUMNS, depth]`, transposed, of what a thread makes of shared memory.
 
-    emit: function of their addresses or views in the compiler and of `Word`, the thread, that gives
-        the registers, in whose order `(16 rows, lower or upper column)`.
-    stored: references to shared memory with the transforms that they have.
+    emit: function of the thread and of `stored` in the compiler that gives a thread's registers:
+        for each 16 rows, that of its lower and that of its upper column.
+    transforms: of `stored`.
     """
     tile = plgpu.ShapeDtypeStruct((COLUMNS, depth), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
-    kinds = tuple(plgpu.RefType(transforms) for _, transforms in stored)
 
-    def run(context: Any, *views: Any) -> Any:
+    def run(context: Any, view: Any) -> Any:
         del context
         from jax.experimental.mosaic import gpu as mgpu
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import vector
 
-        made = emit(Word(mgpu.utils.thread_idx()), *views)
+        made = emit(Word(mgpu.utils.thread_idx()), view)
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-        layout = mgpu.WGMMA_LAYOUT_8BIT
-        registers = np.empty(layout.registers_shape((COLUMNS, depth)), dtype=object)
+        kind = mgpu.WGMMA_LAYOUT_8BIT
+        registers = np.empty(kind.registers_shape((COLUMNS, depth)), dtype=object)
         for at in np.ndindex(registers.shape):
             word = made[at[1]][at[4]].value
             registers[at] = vector.bitcast(four, vector.broadcast(one, word))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+        return mgpu.FragmentedArray(_registers=registers, _layout=kind, _is_signed=True)
 
-    inlined = plgpu.inline_mgpu(arg_types=kinds, return_type=tile)(run)
-    return inlined(*(reference for reference, _ in stored))
+    inlined = plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=tile)
+    return inlined(run)(stored)
 
 
 def turned(thread: Word, stored: Any) -> list[list[Word]]:
@@ -143,9 +143,9 @@ def turned(thread: Word, stored: Any) -> list[list[Word]]:
 
 def layout() -> Any:
     """Layout of `paired`: as that of a product, but a thread's two columns are neighbours."""
-    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 
-    tiling = mgpu.Tiling(((COLUMNS, 8), (16, 8), (2, 2), (2, 1)))
+    tiling = Tiling(((COLUMNS, 8), (16, 8), (2, 2), (2, 1)))
     where = {"warp_dims": (-8,), "lane_dims": (-6, -5), "vector_dim": -2}
     return plgpu.Layout.TILED(tiling, **where)
 
@@ -171,3 +171,40 @@ def paired(total: Array) -> Array:
 
     inlined = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=named)
     return inlined(run)(total)
+
+
+def write_transposed(values: Array, stored: Any) -> None:
+    """Values of `layout` into shared memory `[pieces, M, 128 bytes of columns]` whose rows lie
+    swizzled.
+    """
+
+    def run(context: Any, values: Any, view: Any) -> None:
+        del context
+        values.store_tiled(_tiled_transposed(view), swizzle=128)
+
+    kinds = (layout(), plgpu.RefType((plgpu.SwizzleTransform(128),)))
+    plgpu.inline_mgpu(arg_types=kinds)(run)(values, stored)
+
+
+def read_transposed(stored: Any) -> Array:
+    """What `write_transposed` writes."""
+    (_, rows, _), dtype = stored.shape, stored.dtype
+
+    def run(context: Any, view: Any) -> Any:
+        del context
+        from jax.experimental.mosaic import gpu as mgpu
+
+        load: Any = mgpu.FragmentedArray.load_tiled
+        turned, kind = _tiled_transposed(view), layout().to_mgpu()
+        return load(turned, swizzle=128, is_signed=None, layout=kind)
+
+    named = plgpu.ShapeDtypeStruct((COLUMNS, rows), dtype, layout=layout())
+    kinds = (plgpu.RefType((plgpu.SwizzleTransform(128),)),)
+    return plgpu.inline_mgpu(arg_types=kinds, return_type=named)(run)(stored)
+
+
+def _tiled_transposed(view: Any) -> Any:
+    """Pieces of rows in tiles of 8 rows, transposed."""
+    from jax.experimental.mosaic import gpu as mgpu
+
+    return mgpu.memref_transpose(mgpu.memref_unfold(view, 1, (None, 8)), (0, 1, 3, 2))

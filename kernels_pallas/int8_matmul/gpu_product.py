@@ -1,4 +1,4 @@
-"""The exact product of 8-bit integers on a Hopper GPU, for any form in which the codes lie in memory.
+"""The exact product of 8-bit integers on a Hopper GPU, for any form that the codes have in memory.
 
     y^T[n, m] = scale[n] * x_scale[m] * sum_k w[k, n] x[m, k] + bias[n] + addend[m, n]
 
@@ -21,7 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.attention import gpu_operations as gpu
 from kernels_pallas.gpu_topology import GPUS, Gpu
-from kernels_pallas.int8_matmul.gpu_operand import COLUMNS, DEPTH, layout, paired
+from kernels_pallas.int8_matmul.gpu_operand import (
+    COLUMNS,
+    DEPTH,
+    layout,
+    paired,
+    read_transposed,
+    write_transposed,
+)
 from kernels_pallas.int8_matmul.reference import scaled
 
 Array = jax.Array
@@ -33,6 +40,8 @@ WIDTH = WARPGROUPS * COLUMNS
 OUT_ROWS = 64
 """Most rows of the result that are written at a time."""
 MOST_SLOTS = 6
+TILES = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(DEPTH))
+"""How shared memory holds input for an instruction: its rows of 128 bytes lie swizzled."""
 FEWEST_STEPS = 4
 """Steps that a part of a sum has at least."""
 
@@ -58,8 +67,8 @@ class Codes(Protocol):
         """The part of the matrix in memory that a step copies."""
         ...
 
-    def tile(self, slot: Any, warpgroup: Any, part: int, simulate: bool) -> Array:
-        """`int8[COLUMNS, DEPTH]`, the transposed part of a step that a warpgroup multiplies."""
+    def tile(self, slot: Any, warpgroup: Any, simulate: bool) -> Array:
+        """`int8[COLUMNS, rows]`, the transposed part of a step that a warpgroup multiplies."""
         ...
 
 
@@ -89,6 +98,11 @@ class Call:
     def out_rows(self) -> int:
         """Rows of the result that are written at a time."""
         return min(self.rows, OUT_ROWS)
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the result in a row of shared memory, of 128 bytes."""
+        return 128 // jnp.dtype(self.dtype).itemsize
 
 
 def product(
@@ -139,8 +153,7 @@ def product(
         addend=whole and addend is not None,
         simulate=simulate,
     )
-    ends = (-m % rows, -depth % codes.rows) if simulate else (0, -depth % 16)
-    x = jnp.pad(x, [(0, end) for end in ends])
+    x = jnp.pad(x, ((0, -m % (rows if simulate else 8)), (0, -depth % codes.rows)))
     found = _launch(call, x, stored, x_scales, scales, bias, addend)[:, :m]
     if whole:
         return found[0]
@@ -152,18 +165,13 @@ def product(
 
 
 def block_rows(m: int) -> int:
-    """Rows of input of a thread block: as many as an instruction takes that are no more than needed."""
+    """Rows of input of a thread block: the fewest that an instruction takes and that suffice."""
     return next((rows for rows in (8, 16, 24, 32, 48, 64, 128, 192) if m <= rows), 256)
 
 
 def splits_for(blocks: int, steps: int, processors: int) -> int:
-    """Parts of the sum that leave the fewest processors idle; the fewer, the less to add up."""
-
-    def waves(splits: int) -> float:
-        return -(-blocks * splits // processors) / splits
-
-    fits = range(1, max(steps // FEWEST_STEPS, 1) + 1)
-    return min(fits, key=lambda splits: (round(waves(splits), 3), splits))
+    """Parts of the sum that all run at once, of at least `FEWEST_STEPS` steps each."""
+    return max(1, min(processors // blocks, steps // FEWEST_STEPS))
 
 
 def slots_for(codes: Codes, rows: int, out_bytes: int, device: Gpu) -> int:
@@ -194,9 +202,9 @@ class References(NamedTuple):
 def _launch(call: Call, x: Array, stored: Array, *rest: Array | None) -> Array:
     """The kernel: `[splits, M, columns]`."""
     used = (call.scaled, call.scaled, call.bias, call.addend)
-    optional = dict(zip(("x_scales", "scales", "bias", "addend"), used, strict=True))
-    optional["added"] = call.addend
-    given = [_padded(call, array) for array, there in zip(rest, used, strict=True) if there]
+    names = ("x_scales", "scales", "bias", "addend", "added")
+    optional: dict[str, bool] = dict(zip(names, (*used, call.addend), strict=True))
+    given = [_padded(call, *pair) for pair in zip(names, rest, strict=False) if optional[pair[0]]]
 
     def body(*refs: Any) -> None:
         left = iter(refs)
@@ -208,17 +216,18 @@ def _launch(call: Call, x: Array, stored: Array, *rest: Array | None) -> Array:
     if call.simulate:
         shape = (blocks[0] * call.rows, blocks[1] * WIDTH)
         stored = jnp.pad(stored, ((0, 0),) * (stored.ndim - 1) + ((0, -call.columns % WIDTH),))
+    own = (WARPGROUPS, COLUMNS // call.out_columns, call.out_rows, call.out_columns)
     options: Any = {"interpret": gpu.simulator()} if call.simulate else {}
     (found,) = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((call.splits, *shape), call.dtype)],
         scratch_types=[
-            _tiles((call.slots, call.rows, call.codes.rows), jnp.int8),
+            plgpu.SMEM((call.slots, call.rows, call.codes.rows), jnp.int8, transforms=TILES),
             call.codes.ring(call.slots),
-            _tiles((WARPGROUPS, call.out_rows, COLUMNS), call.dtype),
+            plgpu.SMEM(own, call.dtype, transforms=TILES[1:]),
             plgpu.Barrier(num_arrivals=2, num_barriers=call.slots),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=call.slots),
-            *[plgpu.Barrier(num_barriers=WARPGROUPS)] * call.addend,
+            *[plgpu.Barrier(num_arrivals=own[1], num_barriers=WARPGROUPS)] * call.addend,
         ],
         grid=(blocks[0], blocks[1], call.splits),
         grid_names=("row", "column", "split"),
@@ -229,21 +238,15 @@ def _launch(call: Call, x: Array, stored: Array, *rest: Array | None) -> Array:
     return found[..., : call.columns]
 
 
-def _padded(call: Call, array: Array | None) -> Array:
+def _padded(call: Call, name: str, array: Array | None) -> Array:
     """Scales and bias for whole thread blocks; an addend as it is, but in the simulator."""
     assert array is not None
-    if array.ndim == 2:
-        array = array.astype(call.dtype)
-        ends = (-call.m % call.rows, -call.columns % WIDTH) if call.simulate else (0, 0)
-        return jnp.pad(array, [(0, end) for end in ends])
-    whole = call.rows if array.shape[0] == call.m else WIDTH
-    return jnp.pad(array.astype(jnp.float32), (0, -array.shape[0] % whole))
-
-
-def _tiles(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory with a swizzle of 128 bytes."""
-    transforms = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(transforms, plgpu.SwizzleTransform(128)))
+    rows, columns = -call.m % call.rows, -call.columns % WIDTH
+    if name != "addend":
+        end = rows if name == "x_scales" else columns
+        return jnp.pad(array.astype(jnp.float32), (0, end))
+    ends = (rows, columns) if call.simulate else (0, 0)
+    return jnp.pad(array.astype(call.dtype), [(0, end) for end in ends])
 
 
 def _kernel(call: Call, r: References) -> None:
@@ -270,10 +273,8 @@ def _sum(call: Call, r: References, warpgroup: Any, start: Any, stop: Any) -> Ar
     def step(i: Any, total: Array) -> Array:
         slot = jax.lax.rem(i - start, jnp.int32(call.slots))
         plgpu.barrier_wait(r.there.at[slot])
-        for part in range(call.codes.rows // DEPTH):
-            tile = call.codes.tile(r.ring.at[slot], warpgroup, part, call.simulate)
-            x = r.x_ring.at[slot, :, pl.ds(part * DEPTH, DEPTH)]
-            total = _add_product(total, tile, x, call.simulate)
+        tile = call.codes.tile(r.ring.at[slot], warpgroup, call.simulate)
+        total = _add_product(total, tile, r.x_ring.at[slot], call.simulate)
         plgpu.barrier_arrive(r.free.at[slot])
         return total
 
@@ -299,24 +300,42 @@ def _write(
     call: Call, r: References, row: Any, column: Any, split: Any, warpgroup: Any, total: Array
 ) -> None:
     """Scale the sums and write them, some rows at a time."""
-    first = (column * WARPGROUPS + warpgroup) * COLUMNS
-    here, own = pl.ds(first, COLUMNS), r.own.at[warpgroup]
+    first, own = (column * WARPGROUPS + warpgroup) * COLUMNS, r.own.at[warpgroup]
     total = total if call.simulate else paired(total)
     for start in range(0, call.rows, call.out_rows):
         ours = pl.ds(row * call.rows + start, call.out_rows)
+        pieces = [
+            (own.at[i], ours, pl.ds(first + i * call.out_columns, call.out_columns))
+            for i in range(COLUMNS // call.out_columns)
+        ]
         values: Any = total[:, start : start + call.out_rows]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if call.scaled:
-            values = _scaled(call, r, values, ours, here)
+            values = _scaled(call, r, values, ours, pl.ds(first, COLUMNS))
         if call.addend:
             barrier = r.added.at[warpgroup]
-            plgpu.copy_gmem_to_smem(r.addend.at[ours, here], own, barrier)
+            for mine, *here in pieces:
+                plgpu.copy_gmem_to_smem(r.addend.at[*here], mine, barrier)
             plgpu.barrier_wait(barrier)
-            values = values + _read(own, call.simulate).astype(jnp.float32)
-        _store(own, values.astype(call.dtype), call.simulate)
+            values = values + _read(own, call.simulate)
+        _put(own, values.astype(call.dtype), call.simulate)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own, r.out.at[split, ours, here])
+        for mine, *here in pieces:
+            plgpu.copy_smem_to_gmem(mine, r.out.at[split, *here])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _put(own: Any, values: Array, simulate: bool) -> None:
+    if not simulate:
+        return write_transposed(values, own)
+    own[...] = values.reshape(own.shape[0], own.shape[2], -1).swapaxes(1, 2)
+    return None
+
+
+def _read(own: Any, simulate: bool) -> Array:
+    if not simulate:
+        return read_transposed(own).astype(jnp.float32)
+    return own[...].swapaxes(1, 2).reshape(COLUMNS, -1).astype(jnp.float32)
 
 
 def _scaled(call: Call, r: References, values: Array, ours: Any, here: Any) -> Array:
@@ -333,17 +352,6 @@ def _spread(ref: Any, shape: tuple[int, ...], axis: int, simulate: bool) -> Arra
     found = gpu.load(ref, None if kind is None else kind.reduce(1 - axis), simulate)
     spread = jax.lax.broadcast_in_dim(found, shape, [axis])
     return spread if kind is None else plgpu.layout_cast(spread, kind)
-
-
-def _read(own: Any, simulate: bool) -> Array:
-    return own[...].T if simulate else gpu.load(gpu.transposed_reference(own), layout(), simulate)
-
-
-def _store(own: Any, values: Array, simulate: bool) -> None:
-    if simulate:
-        own[...] = values.T
-    else:
-        gpu.transposed_reference(own)[...] = values
 
 
 def _fill(call: Call, r: References, row: Any, column: Any, start: Any, stop: Any) -> None:

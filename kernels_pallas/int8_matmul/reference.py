@@ -66,6 +66,11 @@ def scaled(
 ) -> Array:
     """`int32[M, N]` sums to values: `total * x_scales[:, None] * scales + bias + addend`."""
     y = total.astype(jnp.float32) * x_scales[:, None] * scales.astype(jnp.float32)
+    return added(y, bias, addend).astype(dtype)
+
+
+def added(y: Array, bias: Array | None, addend: Array | None) -> Array:
+    """`float32[M, N]` with the terms that there are."""
     for term in (bias, addend):
         y = y if term is None else y + term.astype(jnp.float32)
-    return y.astype(dtype)
+    return y
