@@ -1,0 +1,154 @@
+"""The benchmark of GPU kernels without a GPU: it tells right from wrong, it outlives what breaks,
+and every one of its calls is ready.
+"""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import gpu_measure, kernels_gpu
+from benchmarks.gpu_case import HALF, GpuCase, Rival, Speed, normal
+from benchmarks.kernels_gpu_worker import Row, attempt, named_gpu, run
+from kernels_pallas.gpu_topology import GPUS
+
+
+def test_differences_know_nan_infinity_and_whole_numbers():
+    apart = gpu_measure.apart
+    truth = jnp.asarray([1.0, -4.0, -jnp.inf, jnp.nan])
+    assert apart([truth, truth.at[0].set(1.5)], [truth, truth]) == [0, 0.125]
+    for broken in (truth.at[0].set(jnp.nan), truth.at[2].set(jnp.inf), truth.at[3].set(0)):
+        assert apart(broken, truth) == [float("inf")]
+    assert apart(truth[:2], truth) == [float("inf")]
+    large = jnp.asarray([2**30, 5])
+    assert apart(large, large) == [0]
+    assert apart(large + jnp.asarray([1, 0]), large)[0] > 0
+
+
+def case(kernel, **fields):
+    """A call whose poison is a NaN in the last row, which no result may depend on."""
+
+    def plain(x):
+        return x[:-1] * 2
+
+    return GpuCase(
+        "doubling",
+        lambda key: (normal(key, 65, 64),),
+        kernel,
+        plain,
+        HALF,
+        True,
+        poison=lambda x: (x.at[-1].set(jnp.nan),),
+        **fields,
+    )
+
+
+def broken(x):
+    raise RuntimeError("out of\nregisters")
+
+
+def checked(one, tmp_path):
+    row = Row(one.name)
+    work = functools.partial(run, row, one, {"copy": 1e9}, float("inf"), str(tmp_path / "rows"))
+    assert attempt(row, work)
+    return row
+
+
+def test_a_wrong_kernel_a_leak_and_an_error_are_rows(tmp_path):
+    assert checked(case(lambda x: x[:-1] + x[:-1]), tmp_path).state == "right"
+    wrong = checked(case(lambda x: x[:-1] * 2.05), tmp_path)
+    assert wrong.state == "wrong"
+    assert kernels_gpu.error_of(wrong).endswith("e-02 / 7.8e-03")
+    leak = checked(case(lambda x: x[:-1] * 2 + 0 * x[-1]), tmp_path)
+    assert (leak.state, leak.apart) == ("wrong", [None])
+    failed = checked(case(broken), tmp_path)
+    assert (failed.state, failed.error) == ("failed", "RuntimeError: out of registers")
+
+
+def test_times_become_shares_goals_and_ratios(tmp_path):
+    def missing(x):
+        import no_such_library  # noqa: F401 # pyright: ignore
+
+    rivals = (
+        Rival("itself", lambda x: x[:-1] * 2),
+        Rival("missing", missing),
+        Rival("ill", broken),
+    )
+    speed = Speed(64.0, 8192.0, "copy", goal=1e9, rivals=rivals)
+    row = checked(case(lambda x: x[:-1] * 2, speed=speed), tmp_path)
+    assert row.seconds is not None
+    assert row.share == pytest.approx(8192 / row.seconds / 1e9)
+    assert row.met is False
+    assert row.rivals["itself"] > 0
+    assert row.rivals["missing"] == "not installed"
+    assert row.rivals["ill"] == "RuntimeError: out of registers"
+    cells = kernels_gpu.cells_of(row)
+    assert cells[7].endswith("of copy not met")
+    assert "itself: " in cells[8]
+
+
+HANGS = "open({path!r}, 'a').write({line!r}); import time; time.sleep(60)"
+
+
+def test_a_process_that_hangs_is_ended_and_what_it_wrote_is_kept(tmp_path):
+    path = tmp_path / "rows"
+    path.touch()
+    code = HANGS.format(path=str(path), line='{"name": "first", "state": "right"}\n')
+    process = subprocess.Popen([sys.executable, "-c", code])
+    with path.open("rb") as file:
+        found = list(kernels_gpu.watched(process, file, patience=1.0, ends=float("inf")))
+    assert found[0] == Row("first", "right")
+    assert str(found[1]).startswith("nothing for")
+    assert process.returncode < 0
+
+
+def test_wrong_arguments_say_what_would_be_right(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert kernels_gpu.main(["--kernels=attentoin"]) == 2
+    assert "'attentoin' is not one of attention, decode" in capsys.readouterr().err
+    assert kernels_gpu.main(["--dry-run", "--match=nothing like it"]) == 2
+    assert "finds no call" in capsys.readouterr().err
+    assert kernels_gpu.main(["--match=decode, one query"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_names_are_unique_and_goals_come_first():
+    names = kernels_gpu.chosen(kernels_gpu.parse([]))
+    count = sum(
+        len(__import__(module, fromlist=["cases"]).cases(tiny=False))
+        for module in kernels_gpu.KERNELS.values()
+    )
+    assert len(names) == count + 1
+    assert names[0] == "ceilings"
+    goals = {"attention forward, llama3_8b", "attention backward, llama3_8b", "decode, llama3_8b"}
+    assert goals < set(names[1:12])
+
+
+@pytest.mark.slow
+def test_a_dry_run_checks_the_plain_function_and_compiles_the_kernel(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    match = "--match=decode, one query|product, int4, one row"
+    assert kernels_gpu.main(["--dry-run", match, f"--out={path}", "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(path.read_text().splitlines()) == 2
+    for row in rows:
+        assert row[1].strip().startswith("right; ")
+        assert "registers" in row[1] or "lowers, 1 kernels" in row[1]
+        assert all(cell.strip() == "-" for cell in row[3:])
+
+
+@pytest.mark.slow
+def test_every_call_is_taken_by_its_kernel_and_gives_what_the_plain_function_does():
+    where = named_gpu(GPUS["h200"].device_kind)
+    for name, one in kernels_gpu.cases_by_name().items():
+        shapes = jax.eval_shape(one.make, jax.eval_shape(jax.random.key, 0))
+        expected = jax.eval_shape(one.plain, *shapes)
+        if one.poison is not None:
+            assert jax.eval_shape(one.poison, *shapes) == shapes, name
+        if one.served:
+            with jax.sharding.use_abstract_mesh(where):
+                assert jax.eval_shape(one.kernel, *shapes) == expected, name
