@@ -97,6 +97,7 @@ def attend(
             window=config.sliding_window,
             soft_cap=config.attention_soft_cap,
             implementation=context.runtime.attention,
+            layout=context.runtime.layout,
         )
     else:
         out = _attend(q, k, v, config, context)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.target import current_target
+from model.caches.attend import AXES
 from model.caches.dense import Dense
 from model.caches.protocol import DecoderCache
 from model.caches.rolling import Rolling
@@ -16,7 +18,6 @@ from sharding import Layout, constrain
 from weights import nearest
 
 Array = jax.Array
-AXES = ("layers", "batch", "kv_heads", None, None)
 
 
 def init_cache(
@@ -36,7 +37,8 @@ def init_cache(
     Args:
         config: the model.
         batch: rows.
-        capacity: longest sequence, prompt and generated tokens together.
+        capacity: longest sequence, prompt and generated tokens together; on a TPU there may be
+            room for some more.
         planned_length: the longest that a row is meant to grow, an int or `int32[]`; None is
             `capacity`. Rotary scalings that depend on the length ("dynamic", "longrope") go by it
             from the first token on, so that stored keys and later queries always agree.
@@ -85,9 +87,19 @@ def _arrays(
     segment: Segment, batch: int, slots: int, dtype: Any, layout: Layout | None
 ) -> tuple[Any, Any]:
     layer = segment.layer
-    shape = (len(segment), batch, layer.kv_heads, slots, layer.head_dim)
+    shape = (len(segment), batch, layer.kv_heads, _whole_blocks(slots), layer.head_dim)
     keys, values = (constrain(jnp.zeros(shape, dtype), AXES, layout) for _ in range(2))
     return keys, values
+
+
+def _whole_blocks(slots: int) -> int:
+    """So many, or on a TPU a twelfth or 15 more, so that the decode kernel finds blocks of a size
+    that fits and divides them.
+    """
+    if current_target().platform != "tpu":
+        return slots
+    unit = max(16, 1 << (-(-slots // 24) - 1).bit_length())
+    return -(-slots // unit) * unit
 
 
 CACHES: dict[str, Callable[..., Any]] = {"dense": _dense, "rolling": _rolling}

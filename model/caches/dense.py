@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention import attention
+from kernels_pallas.target import current_target
+from model.caches.attend import attend
 from model.caches.protocol import StepMeta
 from model.positions import PositionEncoder
 
@@ -46,43 +47,27 @@ class Dense:
         """
         slots = jnp.arange(self.keys.shape[3], dtype=jnp.int32)
         key_positions = jnp.broadcast_to(slots, (q.shape[0], len(slots)))
-        return attend(self.keys, self.values, layer, q, meta, key_positions, encoder, options)
+        options["alibi_slopes"] = encoder.slopes()
+        q = encoder.rotate(q, meta.positions)
+        return attend(self.keys, self.values, layer, q, meta, key_positions, **options)
 
 
 def write(store: Array, layer: Any, slots: Array, x: Array) -> Array:
     """`[layers, batch, kv_heads, slots, dim]` with x `[batch, length, kv_heads, dim]` at slots
     `[batch, length]`.
 
-    Slots out of range are dropped. A single token is written twice: XLA would turn one write into
-    an update of a slice, fuse that into each of its users and so copy the cache.
+    Slots out of range are dropped.
     """
+    x = x.astype(store.dtype)
+    rows = jnp.arange(x.shape[0])[:, None]
+    if current_target().platform == "tpu":
+        # For all heads at once a TPU would turn the whole cache around, layer by layer.
+        heads = jnp.arange(x.shape[2])
+        return store.at[layer, rows[..., None], heads, slots[..., None]].set(x, mode="drop")
     if x.shape[1] == 1 and store.dtype == jnp.bfloat16:
         here = (jnp.arange(store.shape[3]) == slots)[:, None, :, None]
-        new = jnp.where(here, jnp.swapaxes(x.astype(store.dtype), 1, 2), store[layer])
-        return store.at[layer].set(new)
+        return store.at[layer].set(jnp.where(here, jnp.swapaxes(x, 1, 2), store[layer]))
     if slots.size == 1:
+        # One write would become an update of a slice, fused into each user, each with a copy.
         slots, x = jnp.repeat(slots, 2, axis=1), jnp.repeat(x, 2, axis=1)
-    rows = jnp.arange(x.shape[0])[:, None]
-    return store.at[layer, rows, :, slots].set(x.astype(store.dtype), mode="drop")
-
-
-def attend(
-    keys: Array,
-    values: Array,
-    layer: Any,
-    q: Array,
-    meta: StepMeta,
-    key_positions: Array,
-    encoder: PositionEncoder,
-    options: dict[str, Any],
-) -> Any:
-    """Causal attention to one layer of stored, rotated keys at `key_positions [batch, slots]`."""
-    return attention(
-        encoder.rotate(q, meta.positions),
-        jnp.swapaxes(keys[layer], 1, 2).astype(q.dtype),
-        jnp.swapaxes(values[layer], 1, 2).astype(q.dtype),
-        query_positions=meta.positions,
-        key_positions=key_positions,
-        alibi_slopes=encoder.slopes(),
-        **options,
-    )
+    return store.at[layer, rows, :, slots].set(x, mode="drop")

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from model.positions import PositionEncoder
+from sharding import Layout
 
 Array = jax.Array
 
@@ -29,11 +30,13 @@ class StepMeta:
     positions: int32[batch, length], absolute position of each token, or of the one before padding.
     valid: bool[batch, length], False for padding, which is not stored.
     lengths: int32[batch], tokens that each row holds after this step.
+    padded: whether any token may be padding; else they are the last `length` of each row, in order.
     """
 
     positions: Array
     valid: Array
     lengths: Array
+    padded: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 class Cache(Protocol):
@@ -57,6 +60,7 @@ class Cache(Protocol):
         soft_cap: float | None = None,
         return_lse: bool = False,
         implementation: str | None = None,
+        layout: Layout | None = None,
     ) -> Any:
         """Causal attention of un-rotated q `[batch, length, heads, head_dim]` to all that is stored
         at a layer.
@@ -88,7 +92,9 @@ class DecoderCache:
         """
         valid = jnp.ones(shape[:2], bool) if segment_ids is None else segment_ids > 0
         held = self.lengths[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-        return StepMeta(jnp.maximum(held - 1, 0), valid, held[:, -1])
+        return StepMeta(
+            jnp.maximum(held - 1, 0), valid, held[:, -1], padded=segment_ids is not None
+        )
 
     def advance(self, segments: Mapping[str, Any], meta: StepMeta) -> DecoderCache:
         """The cache after a step, with the caches that the layers returned."""

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.caches.dense import attend, write
+from model.caches.attend import attend
+from model.caches.dense import write
 from model.caches.protocol import StepMeta
 from model.positions import PositionEncoder
 
@@ -59,4 +60,6 @@ class Rolling:
         last = meta.lengths[:, None] - 1
         held = last - (last - jnp.arange(count, dtype=jnp.int32)[None, :]) % count
         key_positions = jnp.where(held >= 0, held, NOWHERE)
-        return attend(self.keys, self.values, layer, q, meta, key_positions, encoder, options)
+        options |= {"alibi_slopes": encoder.slopes(), "rolling": True}
+        q = encoder.rotate(q, meta.positions)
+        return attend(self.keys, self.values, layer, q, meta, key_positions, **options)
