@@ -203,6 +203,8 @@ def test_bad_arguments_say_what_would_be_right():
 def test_a_block_divides_the_slots_or_holds_them_all():
     assert tpu.block_of(4096, 8, 256, jnp.bfloat16) == 512
     assert tpu.block_of(1000, 8, 256, jnp.bfloat16) == 1000
+    assert tpu.block_of(1001, 8, 256, jnp.bfloat16) is None  # a part of a tile cannot be copied
+    assert tpu.block_of(501, 8, 256, jnp.float32) == 501
     assert tpu.block_of(5003, 8, 256, jnp.bfloat16) is None  # a prime: the plain function
     assert tpu.block_of(4096, 32, 256, jnp.float32) == 64
 

@@ -187,8 +187,8 @@ def obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any])
     kv_heads, slots = k.shape[-3:-1]
     if block_of(slots, kv_heads, head_dim + v.shape[-1], k.dtype) is None:
         return (
-            f"{slots} slots of {kv_heads} kv heads are too many for one block, and no number of "
-            "slots that fits divides them; make the cache a multiple of 128 long"
+            f"{slots} slots of {kv_heads} kv heads are too many or too odd for one block, and no "
+            "number of slots that fits divides them; make the cache a multiple of 128 long"
         )
     return types_obstacle(q, k, v) or rows_obstacle(queries * heads // kv_heads, kv_heads)
 
@@ -279,7 +279,8 @@ def block_of(
     slots: int, kv_heads: int, dims: int, dtype: Any, budget: int = BLOCK_BYTES
 ) -> int | None:
     """Slots to read at a time: as many whole tiles as divide them and keep a block below `budget`
-    bytes, or all of them if no number does and they are few; else None.
+    bytes, or all of them if no number does and they are few; else None. The compiler copies no
+    part of a tile of 16-bit numbers, so there all of them are a multiple of 8.
     """
     item = jnp.dtype(dtype).itemsize
     unit, slot = 8 * 4 // item, kv_heads * dims * item
@@ -287,4 +288,4 @@ def block_of(
     fitting = [n for n in range(unit, most + 1, unit) if slots % n == 0 and n >= most // 8]
     if slots > most and fitting:
         return max(fitting)
-    return slots if slots <= 3 * most else None
+    return slots if slots <= 3 * most and (item == 4 or slots % 8 == 0) else None
