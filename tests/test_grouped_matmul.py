@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_aot import on_a_described_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpu_aot import REASON, compile_and_fit
 
 import weights
+from kernels_pallas.gpu_topology import compile_for
 from kernels_pallas.grouped_matmul import IMPLEMENTATIONS, SHAPES, grouped_matmul, grouped_outer
 
 NAMES = [None, *IMPLEMENTATIONS]
@@ -131,15 +133,32 @@ def test_a_mapped_call_has_its_own_groups_for_each_row_of_the_map():
         np.testing.assert_allclose(one, _matmul(x, w, counts), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_get_the_ragged_instruction(platform):
+@pytest.mark.parametrize(
+    ("platform", "devices", "ragged"), [("tpu", 1, True), ("cuda", 1, False), ("cuda", 2, True)]
+)
+def test_where_xla_has_a_kernel_or_must_partition_the_ragged_instruction_is_used(
+    platform, devices, ragged
+):
+    """On one NVIDIA GPU, which XLA has none for, a loop."""
     x, w, _ = _arrays(40, 3, 4, 5)
-    traced = jax.jit(jax.grad(lambda w, x, s: grouped_matmul(x, w, s).sum())).trace(
-        w, x, jnp.asarray((10, 20, 10), jnp.int32)
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    product = jax.jit(
+        jax.grad(lambda w, x, s: grouped_matmul(x, w, s).sum()), in_shardings=(place,) * 3
     )
+    traced = product.trace(w, x, jnp.asarray((10, 20, 10), jnp.int32))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert "ragged_dot" in text
-    assert "while" not in text
+    assert ("ragged_dot" in text, "while" in text) == (ragged, not ragged)
+
+
+@on_a_described_gpu
+def test_no_row_is_copied_for_each_group_on_a_gpu():
+    shape = SHAPES["qwen15_moe_a27b"]
+    arrays = ((shape.rows, shape.d_in), (shape.groups, shape.d_in, shape.d_out))
+    x, w = (jax.ShapeDtypeStruct(array, jnp.bfloat16) for array in arrays)
+    sizes = jax.ShapeDtypeStruct((shape.groups,), jnp.int32)
+    compiled = compile_for(grouped_matmul, (x, w, sizes), "h100")
+    assert compiled.temp_bytes < 2 * shape.rows * shape.d_in
 
 
 @pytest.mark.slow

@@ -111,6 +111,26 @@ def test_gradients_pass_through_the_rounding():
     assert not np.any(of_scales)
 
 
+def test_terms_are_added_before_the_result_is_rounded_and_have_their_gradients():
+    x, w, scales = normal((2, 3, 96)), codes((96, 10)), normal(10, seed=2)
+    bias, addend = normal(10, seed=3), normal((2, 3, 10), jnp.bfloat16, seed=4)
+
+    def product(bias, addend):
+        return int8_matmul(x, w, scales, bias=bias, addend=addend)
+
+    y, pull = jax.vjp(product, bias, addend)
+    alone = np.asarray(int8_matmul(x, w, scales), np.float64)
+    expected = alone + np.asarray(bias) + np.asarray(addend, np.float64)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-4)
+    of_bias, of_addend = pull(jnp.ones_like(y))
+    np.testing.assert_array_equal(of_bias, np.full(10, 6))
+    assert of_addend.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(of_addend, np.float32), np.ones((2, 3, 10)))
+    quantized, of_x, _ = quantize_rows(x)
+    given = int8_matmul(quantized, w, scales, of_x, bias=bias, addend=addend, dtype=jnp.float32)
+    np.testing.assert_array_equal(given, y)
+
+
 def test_given_codes_take_their_scales():
     x, w = codes((2, 3, 96)), codes((96, 10), seed=1)
     of_x, of_w = jnp.abs(normal((2, 3))), jnp.abs(normal(10, seed=1))
@@ -128,6 +148,8 @@ def test_given_codes_take_their_scales():
         ({"x": codes((3, 96))}, "x is int8 without x_scales"),
         ({"x_scales": jnp.ones(3)}, "x is float32 with x_scales"),
         ({"x": codes((3, 96)), "x_scales": jnp.ones(2)}, r"x_scales has shape \(2,\)"),
+        ({"bias": jnp.ones(9)}, r"bias has shape \(9,\); .* take \(10,\)"),
+        ({"addend": jnp.ones((2, 10))}, r"addend has shape \(2, 10\); .* take \(3, 10\)"),
         ({"implementation": "gpu2"}, "'gpu2' is not known"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The grouped product for a CPU: group after group, a few rows at a time.
+"""The grouped product in a loop: group after group, for a CPU a few rows at a time.
 
 A group's matrix is read once and multiplies blocks of its rows until none is left; the last block
 reaches into the next group, and what it would write there is left as it was. Empty groups are
@@ -31,16 +31,21 @@ def tuning_key(
     return Key.of("grouped_matmul.blocks", sizes, dtype, device_kind, product=product)
 
 
-def _block_rows(product: str, x: Array, groups: int, d_in: int, d_out: int) -> int:
-    key = tuning_key(product, len(x) // max(groups, 1), d_in, d_out, x.dtype)
-    rows = int(best(key, {"rows": DEFAULT_ROWS[product]})["rows"])
+def _block_rows(
+    product: str, rows: int | None, x: Array, groups: int, d_in: int, d_out: int
+) -> int:
+    if rows is None:
+        key = tuning_key(product, len(x) // max(groups, 1), d_in, d_out, x.dtype)
+        rows = int(best(key, {"rows": DEFAULT_ROWS[product]})["rows"])
     return max(min(rows, len(x)), 1)
 
 
-def grouped_matmul(x: Array, w: Array, sizes: Array, transposed: bool, dtype: Any) -> Array:
-    """See `reference.grouped_matmul`."""
+def grouped_matmul(
+    x: Array, w: Array, sizes: Array, transposed: bool, dtype: Any, rows: int | None = None
+) -> Array:
+    """See `reference.grouped_matmul`. rows: of a block; None is what was measured on a CPU."""
     out = jnp.zeros((x.shape[0], w.shape[1 if transposed else 2]), dtype)
-    rows = _block_rows("transposed" if transposed else "matmul", x, *w.shape)
+    rows = _block_rows("transposed" if transposed else "matmul", rows, x, *w.shape)
 
     def group(out: Array, e: Array, start: Array, stop: Array) -> Array:
         matrix = jax.lax.dynamic_index_in_dim(w, e, keepdims=False).astype(x.dtype)
@@ -57,10 +62,10 @@ def grouped_matmul(x: Array, w: Array, sizes: Array, transposed: bool, dtype: An
     return _over_groups(group, out, sizes) if out.size else out
 
 
-def grouped_outer(x: Array, g: Array, sizes: Array, dtype: Any) -> Array:
-    """See `reference.grouped_outer`."""
+def grouped_outer(x: Array, g: Array, sizes: Array, dtype: Any, rows: int | None = None) -> Array:
+    """See `reference.grouped_outer`, and `grouped_matmul` for `rows`."""
     out = jnp.zeros((len(sizes), x.shape[1], g.shape[1]), dtype)
-    rows = _block_rows("outer", x, len(sizes), x.shape[1], g.shape[1])
+    rows = _block_rows("outer", rows, x, len(sizes), x.shape[1], g.shape[1])
 
     def group(out: Array, e: Array, start: Array, stop: Array) -> Array:
         def block(index: Array) -> Array:

@@ -20,7 +20,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from kernels_pallas.grouped_matmul import blocks, ragged, reference
+from kernels_pallas.door import why_not_here
+from kernels_pallas.grouped_matmul import blocks, gpu, ragged, reference
 
 Array = jax.Array
 
@@ -28,9 +29,12 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "plain": reference,
     "blocks": blocks,
     "ragged": ragged,
+    "gpu": gpu,
 }
-PLATFORMS = {"tpu": "ragged", "cuda": "ragged", "rocm": "ragged"}
-"""Platform -> implementation; the others take "blocks"."""
+PLATFORMS = {"tpu": "ragged", "cuda": "gpu", "rocm": "ragged"}
+"""Platform -> implementation; the others take "blocks". For "cuda", a program that the compiler
+partitions over several devices takes "ragged".
+"""
 
 matmul = Primitive("grouped_matmul")
 outer = Primitive("grouped_outer")
@@ -118,6 +122,15 @@ def _mapped(primitive: Primitive, arguments: Any, axes: Any, **options: Any) -> 
     return jax.lax.map(one, moved), 0
 
 
+def _lower(run: Any, platform: str, context: Any, *arguments: Any, **options: Any) -> Any:
+    """The implementation of a platform, where the program is one device's; see `PLATFORMS`."""
+    name = PLATFORMS[platform]
+    if platform == "cuda" and why_not_here(context.module_context, "gpu") is not None:
+        name = "ragged"
+    function = functools.partial(run, name)
+    return mlir.lower_fun(function, multiple_results=False)(context, *arguments, **options)
+
+
 for _primitive, _shape, _run, _transpose in (
     (matmul, _matmul_shape, _run_matmul, _matmul_transpose),
     (outer, _outer_shape, _run_outer, _outer_transpose),
@@ -129,11 +142,9 @@ for _primitive, _shape, _run, _transpose in (
     mlir.register_lowering(
         _primitive, mlir.lower_fun(functools.partial(_run, "blocks"), multiple_results=False)
     )
-    for _platform, _name in PLATFORMS.items():
+    for _platform in PLATFORMS:
         mlir.register_lowering(
-            _primitive,
-            mlir.lower_fun(functools.partial(_run, _name), multiple_results=False),
-            platform=_platform,
+            _primitive, functools.partial(_lower, _run, _platform), platform=_platform
         )
     ad.primitive_jvps[_primitive] = functools.partial(_jvp, _primitive)
     ad.primitive_transposes[_primitive] = _transpose
