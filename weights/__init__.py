@@ -7,12 +7,15 @@ that make a format stand beside it: `grouped.quantize`, `int8.quantize`, `normal
 """
 
 from weights.act_quant import ActQuant
+from weights.codebook import Codebook
 from weights.experts import OfLayer, grouped_matmul
 from weights.grouped import Grouped
 from weights.int8 import Int8, Outlier
 from weights.layers import bias_add, embed, linear, lookup, matmul, matmul_transposed, unembed
 from weights.low_rank import LowRank
 from weights.lut import Lut
+from weights.mixed import Mixed
+from weights.permuted import Permuted
 from weights.protocol import (
     Weight,
     bits_per_weight,
@@ -30,20 +33,25 @@ from weights.protocol import (
 )
 from weights.second_order import SecondOrder
 from weights.serial import FORMATS, from_arrays, to_arrays
+from weights.sparse_outlier import SparseOutlier
 from weights.stacking import stack, unstack
 from weights.tree import Path, flatten, from_flat, map_with_path, nearest, path_string, paths
 
 __all__ = [
     "FORMATS",
     "ActQuant",
+    "Codebook",
     "Grouped",
     "Int8",
     "LowRank",
     "Lut",
+    "Mixed",
     "OfLayer",
     "Outlier",
     "Path",
+    "Permuted",
     "SecondOrder",
+    "SparseOutlier",
     "Weight",
     "bias_add",
     "bits_per_weight",

@@ -51,8 +51,6 @@ class ActQuant:
             raise ValueError(f"ActQuant mode={self.mode!r} is not one of {', '.join(MODES)}")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"ActQuant bits={self.bits!r}; codes have 2 to 8 bits")
-        if (self.mode == "static") != (self.scale is not None):
-            raise ValueError(f"ActQuant mode={self.mode!r}: a scale is given for 'static' only")
 
     def codes(self, x: Array) -> tuple[Array, Array, Array | None]:
         """`[..., K]` as `int8[..., K]`, scales `float32[...]` and zeros (None: 0); codes and zeros
@@ -73,6 +71,8 @@ class ActQuant:
     def _range(self, x: Array) -> tuple[Array, Array | None]:
         """Scale and shifted zero `[...]` of each row."""
         rows, half = x.shape[:-1], 2 ** (self.bits - 1)
+        if (self.mode == "static") != (self.scale is not None):
+            raise ValueError(f"ActQuant mode={self.mode!r}: a scale is given for 'static' only")
         if self.scale is not None:
             zero = None if self.symmetric else jnp.zeros(()) if self.zero is None else self.zero
             zero = None if zero is None else jnp.broadcast_to(zero - half, rows)
@@ -91,7 +91,7 @@ class ActQuant:
 
     def inside(self, x: Array) -> Array | None:
         """Where gradients pass, `bool[..., K]`; None is everywhere."""
-        if self.scale is None and self.clip is None:
+        if self.mode != "static" and self.clip is None:
             return None
         scale, zero = self._range(x.astype(jnp.float32))
         half = 2 ** (self.bits - 1)

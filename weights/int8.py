@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ class Outlier:
     """Inputs that are not coded.
 
     index: int32[C] and w: [C, N], fixed inputs and their rows, which are 0 in the codes (an index
-        of K fills up a list); None where they are found in each call: the `capacity` inputs at most
-        that reach `threshold` in any row of it. Those beyond the capacity are coded like the rest.
+        beyond K fills up a list); None where they are found in each call: the `capacity` inputs at
+        most that reach `threshold` in any row of it. Others are coded like the rest.
     """
 
     index: Array | None = None
@@ -46,13 +47,12 @@ class Outlier:
     threshold: float | None = None
     capacity: int | None = None
 
-    def __post_init__(self) -> None:
-        fixed = self.index is not None and self.w is not None
-        if fixed == (self.threshold is not None and self.capacity is not None):
-            raise ValueError(
-                "Outlier takes index and w (fixed inputs), or threshold and capacity; got "
-                f"threshold={self.threshold}, capacity={self.capacity}"
-            )
+    def aligned(self, layers: Sequence[Outlier]) -> list[Outlier]:
+        """The same layers with lists of one length, that of the longest."""
+        if any(layer.index is None or layer.w is None for layer in layers):
+            return list(layers)
+        longest = max(len(layer.index) for layer in layers)  # pyright: ignore
+        return [_filled(layer, longest) for layer in layers]
 
 
 @functools.partial(
@@ -96,8 +96,8 @@ class Int8:
         assert self.outlier is not None
         if self.outlier.index is not None and self.outlier.w is not None:
             return self.outlier.index, jnp.ones(self.outlier.index.shape, bool), self.outlier.w
-        assert self.outlier.capacity is not None
-        assert self.outlier.threshold is not None
+        if self.outlier.capacity is None or self.outlier.threshold is None:
+            raise ValueError("an Outlier has index and w (fixed inputs), or threshold and capacity")
         flat = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1])
         peaks = jnp.max(jnp.abs(flat.astype(jnp.float32)), axis=0, initial=0.0)
         peaks, index = jax.lax.top_k(peaks, min(self.outlier.capacity, len(peaks)))
@@ -193,6 +193,15 @@ def quantize(
     scale, zero = fit_minmax(w, grid)
     codes = encode(w, scale, zero, grid).astype(jnp.int16) - grid.middle
     return Int8(codes.astype(jnp.int8), scale, act, outlier)
+
+
+def _filled(layer: Outlier, length: int) -> Outlier:
+    """With inputs that do not exist and rows of zeros behind, up to `length`."""
+    assert layer.index is not None
+    assert layer.w is not None
+    missing = length - len(layer.index)
+    index = jnp.pad(layer.index, (0, missing), constant_values=jnp.iinfo(jnp.int32).max)
+    return dataclasses.replace(layer, index=index, w=jnp.pad(layer.w, ((0, missing), (0, 0))))
 
 
 @jax.custom_vjp

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from weights import codes as code_forms
 from weights import layers, protocol
+from weights.nested import OverBase
 from weights.product import product
 
 Array = jax.Array
@@ -23,22 +24,27 @@ Array = jax.Array
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["base", "a", "b"],
-    meta_fields=["scale", "dropout"],
+    data_fields=["base", "a", "b", "scale"],
+    meta_fields=["dropout"],
 )
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(OverBase):
     """A base `[K, N]`, an array or any format, with an adapter of rank r.
 
-    a: [K, r]. b: [r, N]. scale: LoRA's `alpha / r`. dropout: share of the adapter's input that is
-    left out where `matmul` gets a key.
+    a: [K, r]. b: [r, N]. scale: LoRA's `alpha / r`, float32[]; layers of a stack may differ in it.
+    dropout: share of the adapter's input that is left out where `matmul` gets a key.
     """
 
     base: Any
     a: Array
     b: Array
-    scale: float = 1.0
+    scale: Any = 1.0
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, int | float) and hasattr(self.a, "shape"):
+            scale = jnp.full(self.a.shape[:-2], self.scale, jnp.float32)
+            object.__setattr__(self, "scale", scale)
 
     def matmul(self, x: Array, rng: Array | None = None) -> Array:
         """`[..., K] -> [..., N]` in `x.dtype`; the two parts are added in float32."""
@@ -66,33 +72,8 @@ class LowRank:
         """`[..., K, N]`; axes in front of the stored arrays stay there."""
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         added = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        return (protocol.dequantize(self.base) + self.scale * added).astype(dtype)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(K, N)`, of one matrix of a stack."""
-        return self.a.shape[-2], self.b.shape[-1]
-
-    @property
-    def size(self) -> int:
-        """Values it stands for, those of all layers of a stack."""
-        return protocol.size(self.base)
-
-    def nbytes(self) -> int:
-        """Bytes of the stored form, the adapter included."""
-        return protocol.nbytes(self.base) + code_forms.array_bytes((self.a, self.b))
-
-    def nominal_bits(self) -> float:
-        """Those of the base."""
-        return protocol.nominal_bits(self.base)
-
-    def prepare(self, backend: str) -> LowRank:
-        """With the base prepared."""
-        return dataclasses.replace(self, base=protocol.prepare(self.base, backend))
-
-    def split_units(self) -> tuple[int, int]:
-        """Rows and columns that must stay on one device."""
-        return protocol.split_units(self.base)
+        scale = self.scale[..., None, None]
+        return (protocol.dequantize(self.base) + scale * added).astype(dtype)
 
     def specs(self, spec: PartitionSpec) -> LowRank:
         """The rank is never split."""
@@ -102,4 +83,5 @@ class LowRank:
             base=protocol.specs(self.base, spec),
             a=PartitionSpec(inputs, None),
             b=PartitionSpec(None, outputs),
+            scale=PartitionSpec(),
         )

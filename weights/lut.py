@@ -127,11 +127,14 @@ class Lut:
         return float(self.bits)
 
     def prepare(self, backend: str) -> Lut:
-        """Scales and offsets spread out."""
-        matrices = self.size // math.prod(self.shape)
+        """Scales and offsets spread out; on a CPU codes one an element."""
+        stored = self.nbytes() // (self.size // math.prod(self.shape))
         scale, offset = values_of(self.scale), values_of(self.offset)
-        stored = self.nbytes() // matrices
-        return dataclasses.replace(self, scale=scale, offset=offset, stored=stored)
+        ready = dataclasses.replace(self, scale=scale, offset=offset, stored=stored)
+        if backend != "cpu":
+            return ready
+        codes = code_forms.elements(self.codes, self.form, self.bits, self.shape[0])
+        return dataclasses.replace(ready, codes=codes, form=code_forms.ELEMENTS)
 
     def split_units(self) -> tuple[int, int]:
         """Rows and columns that must stay on one device."""

@@ -12,22 +12,30 @@ from typing import Any
 import jax
 
 from weights.act_quant import ActQuant
+from weights.codebook import Codebook
 from weights.grouped import Grouped
 from weights.int8 import Int8, Outlier
 from weights.low_rank import LowRank
 from weights.lut import Lut
+from weights.mixed import Mixed
+from weights.permuted import Permuted
 from weights.protocol import is_weight
 from weights.second_order import SecondOrder
+from weights.sparse_outlier import SparseOutlier
 from weights.tree import map_with_path, nearest
 
 FORMATS: dict[str, type] = {
     "act_quant": ActQuant,
+    "codebook": Codebook,
     "grouped": Grouped,
     "int8": Int8,
     "low_rank": LowRank,
     "lut": Lut,
+    "mixed": Mixed,
     "outlier": Outlier,
+    "permuted": Permuted,
     "second_order": SecondOrder,
+    "sparse_outlier": SparseOutlier,
 }
 """Name in a checkpoint -> class: the formats, and what may stand inside one. The dense array has no
 entry: it is stored as it is.

@@ -43,10 +43,18 @@ def unstack(weight: Any) -> list[Any]:
 
 
 def _aligned(layers: Sequence[Any]) -> Sequence[Any]:
-    """The layers as their format aligns them: what may be filled up has the same length in all."""
-    align = getattr(layers[0], "aligned", None)
-    same = align is not None and all(type(layer) is type(layers[0]) for layer in layers)
-    return align(layers) if align is not None and same else layers
+    """The layers with all that may be filled up, in them and in their parts, of one length."""
+    first = layers[0]
+    if not dataclasses.is_dataclass(first) or any(type(one) is not type(first) for one in layers):
+        return layers
+    align = getattr(first, "aligned", list)
+    found = align(layers)
+    for field in dataclasses.fields(first):
+        if dataclasses.is_dataclass(getattr(first, field.name)):
+            parts = _aligned([getattr(layer, field.name) for layer in found])
+            pairs = zip(found, parts, strict=True)
+            found = [dataclasses.replace(layer, **{field.name: part}) for layer, part in pairs]
+    return found
 
 
 def _difference(first: Any, other: Any, name: str = "") -> str:
