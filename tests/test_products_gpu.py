@@ -4,6 +4,8 @@ machine code for a GPU that is not there.
 """
 
 import functools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,11 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.bit_planes import bit_planes_matmul, pack_planes
 from kernels_pallas.bit_planes import gpu as planes_gpu
 from kernels_pallas.bit_planes.tpu import by_bytes
+from kernels_pallas.flat_gemm import flat_gemm, routes
 from kernels_pallas.gpu_topology import GPUS, described_mesh
 from kernels_pallas.int8_matmul import gpu, gpu_product, int8_matmul
 from kernels_pallas.int8_matmul.gpu_operand import place, selector
+from kernels_pallas.quantized_matmul import quantized_matmul
 from kernels_pallas.target import Target
 
 
@@ -174,6 +178,29 @@ def test_the_product_with_planes_is_one_kernel_that_keeps_no_codes(m, dtype, bit
     run = functools.partial(bit_planes_matmul, coding="signed")
     compiled = compile_and_fit(run, shapes, kernels=1)
     assert compiled.temp_bytes < 4096 * 11008 // 2 + 12 * m * 11008
+
+
+@on_a_described_gpu
+@pytest.mark.parametrize(
+    ("m", "transposed", "kernels"), [(8, False, 1), (200, False, 0), (8, True, 0)]
+)
+def test_packed_codes_meet_their_kernel_where_it_serves_and_else_xla(m, transposed, kernels):
+    columns, rows = 512, 1024
+    x = ((m, columns if transposed else rows), "bfloat16")
+    shapes = shaped(x, ((rows // 8, columns), "uint32"), ((rows // 128, columns), "float32"))
+    options = {"bits": 4, "group": 128, "transposed": transposed}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_and_fit(functools.partial(quantized_matmul, **options), shapes, kernels=kernels)
+
+
+@on_a_described_gpu
+def test_few_dense_rows_are_left_to_xla_which_copies_no_matrix():
+    assert routes.default_route(8, "bfloat16", "gpu") == "library"
+    shapes = shaped(((8, 1024), "bfloat16"), ((1024, 4096), "bfloat16"))
+    compiled = compile_and_fit(flat_gemm, shapes, kernels=0)
+    assert len(re.findall(r"%gemm_fusion\S* = |cublas", compiled.text)) >= 1
+    assert compiled.temp_bytes < 1024 * 4096
 
 
 @on_a_described_gpu

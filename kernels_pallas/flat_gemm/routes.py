@@ -7,6 +7,10 @@ and machine, so it is looked up in a measured table (FlashDecoding++, arXiv 2311
     vector    for one row: rows of the matrix are multiplied and added, in one pass over them; for
               CPUs that have no instructions for bfloat16
 
+On an NVIDIA GPU, XLA measures cuBLAS against Triton's kernels, with blocks of few rows and with the
+sum in parts, when it compiles: that is this table, kept by the compiler for the device at hand. So
+a kernel of our own would be one more candidate without a place in it, and "library" is the route.
+
 Quantized weights have no need of this: their kernels are flat (`quantized_matmul`), with blocks of
 as few rows of input as the hardware knows, and the next block of codes on its way meanwhile.
 """
