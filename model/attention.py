@@ -70,7 +70,7 @@ def apply(
     """
     q, k, v = _project(params, x, config, context)
     out, carry = attend(q, k, v, config, context, carry)
-    y = linear(params["output"], out.reshape(*x.shape[:2], -1))
+    y = linear(params["output"], out.reshape(*x.shape[:2], -1), context.key("output"))
     return y, carry, {"taps": {"query": q, "key": k, "value": v, "attention_heads": out}}
 
 
@@ -113,7 +113,7 @@ def _project(
     layout = context.runtime.layout
     projected = []
     for name, axis in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
-        y = linear(params[name], x)
+        y = linear(params[name], x, context.key(name))
         if config.qk_norm != "none" and name != "value":
             y = _qk_norm(params[f"{name}_norm"], y, config)
         y = y.reshape(*x.shape[:2], -1, config.head_dim)

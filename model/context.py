@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,3 +37,7 @@ class Context:
     rng: Array | None = None
     taps: frozenset[str] = frozenset()
     meta: StepMeta | None = None
+
+    def key(self, name: str) -> Array | None:
+        """The key of the dropout that a linear layer's weight may have, by the layer's name."""
+        return None if self.rng is None else jax.random.fold_in(self.rng, zlib.crc32(name.encode()))

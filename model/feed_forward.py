@@ -52,10 +52,14 @@ def apply(
 ) -> tuple[Array, dict[str, Any], dict[str, Any]]:
     """`[batch, length, d_model] -> [batch, length, d_model]`, gated if the params hold a gate."""
     activation = ACTIVATIONS[config.activation]
-    up = linear(params["up"], x)
-    hidden = activation(linear(params["gate"], x)) * up if "gate" in params else activation(up)
+    up = linear(params["up"], x, context.key("up"))
+    if "gate" in params:
+        hidden = activation(linear(params["gate"], x, context.key("gate"))) * up
+    else:
+        hidden = activation(up)
     hidden = constrain(hidden, ("batch", "length", "d_ff"), context.runtime.layout)
-    return linear(params["down"], hidden), carry, {"taps": {"feed_forward_hidden": hidden}}
+    y = linear(params["down"], hidden, context.key("down"))
+    return y, carry, {"taps": {"feed_forward_hidden": hidden}}
 
 
 def arrays(config: ModelConfig, inputs: tuple[str, ...], d_ff: int) -> dict[str, ArraySpec]:
