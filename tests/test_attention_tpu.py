@@ -13,7 +13,7 @@ from kernels_pallas.tpu_topology import described_mesh
 from sharding import check_heads, context_attention, make_layout
 from sharding.mesh import AXES
 
-one_generation = pytest.mark.skipif(REASON is not None, reason=REASON or "libtpu compiles here")
+needs_libtpu = pytest.mark.skipif(REASON is not None, reason=REASON or "libtpu compiles here")
 
 
 def shapes(batch, length, heads, kv_heads, dim, dtype=jnp.bfloat16):
@@ -49,8 +49,11 @@ def test_packed_training_compiles_inside_shard_map(generation):
     assert compiled.temp_bytes < 4 * compiled.argument_bytes  # no array of queries times keys
 
 
-@on_every_generation
+@pytest.mark.tpu_aot
+@needs_libtpu
+@pytest.mark.parametrize("generation", ["v4", "7x"])
 def test_everything_at_once_compiles(generation):
+    """For the smallest vector memory, and the newest matrix unit."""
     slopes = jax.ShapeDtypeStruct((6,), jnp.float32)
 
     def run(slopes, *arrays):
@@ -64,7 +67,7 @@ def test_everything_at_once_compiles(generation):
 
 
 @pytest.mark.tpu_aot
-@one_generation
+@needs_libtpu
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "dtype"),
     [(8, 1, 64, jnp.bfloat16), (4, 4, 256, jnp.float32)],
@@ -76,7 +79,7 @@ def test_head_dims_compile_for_the_smallest_vector_memory(heads, kv_heads, dim, 
 
 
 @pytest.mark.tpu_aot
-@one_generation
+@needs_libtpu
 def test_a_program_that_the_compiler_partitions_gets_no_kernel_and_one_warning():
     spec = P("data", None, "tensor")
     specs = (spec, spec, spec, P("data"), P("data"), spec)
@@ -93,7 +96,7 @@ def test_a_program_that_the_compiler_partitions_gets_no_kernel_and_one_warning()
 
 
 @pytest.mark.tpu_aot
-@one_generation
+@needs_libtpu
 @pytest.mark.parametrize(
     ("axes", "kv_heads"),
     [({"fsdp": 2, "tensor": 2}, 1), ({"context": 4}, 2)],

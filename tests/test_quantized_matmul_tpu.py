@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from tpu_aot import REASON, compile_and_fit, on_every_generation
+from tpu_aot import NAMES, REASON, compile_and_fit, on_every_generation
 
 from kernels_pallas.quantized_matmul import SHAPES, cost, packed_rows, quantized_matmul
 from kernels_pallas.tpu_topology import described_mesh
+
+needs_libtpu = pytest.mark.skipif(REASON is not None, reason=REASON or "libtpu compiles here")
 
 
 def arrays(rows, columns, bits, group, *, zeros=False, table=False, form="packed"):
@@ -62,7 +64,7 @@ def test_a_training_step_of_adapters_compiles_over_frozen_codes(generation):
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.skipif(REASON is not None, reason=REASON or "libtpu compiles here")
+@needs_libtpu
 def test_the_gradient_of_many_rows_fits_the_smallest_vector_memory():
     """Its block of the result is in float32."""
     made = arrays(4096, 1024, 4, 64, table=True)
@@ -83,8 +85,11 @@ def test_grouped_int8_has_a_kernel_and_per_column_int8_is_left_to_xla(generation
         )
 
 
-@on_every_generation
-@pytest.mark.parametrize("split", ["rows", "columns"])
+@pytest.mark.tpu_aot
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("split", "generation"), [*(("rows", name) for name in NAMES), ("columns", "v5e")]
+)
 def test_matrices_may_be_split_over_a_mesh(split, generation):
     mesh = described_mesh(generation, {"tensor": 2})
     made = arrays(2048, 512, 4, 128, zeros=True)
@@ -108,16 +113,17 @@ def test_matrices_may_be_split_over_a_mesh(split, generation):
     assert compiled.temp_bytes < 2**20
 
 
-@on_every_generation
-def test_a_product_that_the_compiler_splits_itself_runs_plainly(generation):
-    mesh = described_mesh(generation, {"tensor": 2})
+@pytest.mark.tpu_aot
+@needs_libtpu
+def test_a_product_that_the_compiler_splits_itself_runs_plainly():
+    mesh = described_mesh("v5e", {"tensor": 2})
     made, columns = arrays(256, 512, 4, 64), P(None, "tensor")
 
     def compiled():
         return compile_and_fit(
             lambda x, made: quantized_matmul(x, bits=4, group=64, **made),
             (x_of(8, 256), made),
-            generation,
+            "v5e",
             kernels=0,
             mesh=mesh,
             specs=(P(), columns),

@@ -1,5 +1,8 @@
 """Packed codes: every width comes back, lies where the picture says, and takes no bit more."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +86,20 @@ def test_packing_is_traceable_and_says_what_does_not_fit():
         pack(codes, 9)
     with pytest.raises(ValueError, match=r"7 rows of words.*3-bit codes have 24 rows a tile"):
         unpack(jnp.zeros((7, 1), jnp.uint32), 3)
+
+
+PICTURE = re.compile(r"    (\d) bits, a tile of (\d+) rows:\n(.*?)\n\n", flags=re.DOTALL)
+
+
+def test_the_pictures_of_the_docs_are_what_pack_does():
+    text = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    pictures = PICTURE.findall(text)
+    assert [bits for bits, _, _ in pictures] == ["8", "4", "2"]
+    for bits, tile, picture in pictures:
+        cells = re.findall(r"word row (\d) +\|(.*)\|", picture)
+        assert (int(tile), len(cells)) == (tile_rows(int(bits)), 8)
+        codes = np.arange(int(tile))[:, None] == np.arange(int(tile))
+        words = np.asarray(pack(jnp.asarray(codes), int(bits)))  # column r has its 1 in row r
+        for row, line in cells:
+            for place, code in enumerate(reversed(line.split("|"))):
+                assert words[int(row), int(code)] == 1 << (int(bits) * place)
