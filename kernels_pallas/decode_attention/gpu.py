@@ -15,10 +15,10 @@ from kernels_pallas.decode_attention.softmax import Softmax, Unified
 from kernels_pallas.decode_attention.stream import Items, Masking, Place
 from kernels_pallas.decode_attention.stream_gpu import KEYS, ROWS, Source, stream_attention
 from kernels_pallas.decode_attention.work import (
+    dealt_items,
     masking_of,
     per_row,
     sequence_items,
-    split_items,
     stack_rows,
     unstack_rows,
 )
@@ -113,21 +113,17 @@ def attend_tiles(
     like q, the log-sum-exp `[tiles, tokens, heads]`.
     """
     splits = masking.splits
-    if splits > 1:
-        items = split_items(items, splits)
+    items, first = dealt_items(items, count, len(q), splits)
     phi = softmax.phi if isinstance(softmax, Unified) else None
     slopes, phi = (
         None if x is None else per_row(x, masking.tokens, kv_heads, masking.rows)
         for x in (alibi_slopes, phi)
     )
-    part, real = jnp.arange(len(q) * splits + 1, dtype=jnp.int32), count * splits
-    tiles = jnp.where(jnp.arange(len(items.tile)) < real, items.tile, len(q))
-    first = jnp.minimum(part, real) if splits > 1 else jnp.searchsorted(tiles, part)
     found = stream_attention(
         stack_rows(q, kv_heads, masking.rows),
         arrays,
         items,
-        first.astype(jnp.int32),
+        first,
         masking=masking,
         source=source,
         slopes=slopes,
@@ -149,6 +145,9 @@ def padded_rows(rows: int) -> int:
 def splits_for(target: Target | None, blocks_of_threads: int, keys: int) -> int:
     """Parts of each sequence that leave the fewest processors idle, of at least 4 blocks each.
 
+    A thread block fills a processor's shared memory, so the blocks run in waves; each part more is
+    taken to cost 2 %, for its start and for merging.
+
     Args:
         target: the GPU.
         blocks_of_threads: that there are without splitting.
@@ -156,7 +155,7 @@ def splits_for(target: Target | None, blocks_of_threads: int, keys: int) -> int:
     """
     name = gpu_of(target.device_kind) if target is not None else None
     processors = GPUS[name or "h100"].processors
-    most = max(1, min(keys // 4, -(-2 * processors // blocks_of_threads)))
+    most = max(1, min(keys // 4, max(8, -(-2 * processors // blocks_of_threads))))
     waves = {n: -(-blocks_of_threads * n // processors) / n for n in range(1, most + 1)}
     return min(waves, key=lambda n: waves[n] * (1 + 0.02 * n))
 
@@ -164,7 +163,9 @@ def splits_for(target: Target | None, blocks_of_threads: int, keys: int) -> int:
 def obstacle(target: Target, arguments: dict[str, Any], options: dict[str, Any]) -> str | None:
     """Why the kernel does not serve; None if it does."""
     q, k, v = (arguments[name] for name in "qkv")
-    rows = q.shape[1] * q.shape[2] // k.shape[-3]
+    rows, slots = q.shape[1] * q.shape[2] // k.shape[-3], k.shape[-2]
+    if slots < KEYS or slots % 8:
+        return f"{slots} slots; the GPU kernel takes a multiple of 8, and no less than {KEYS}"
     if k.shape[-1] != v.shape[-1]:
         return f"keys of {k.shape[-1]} and values of {v.shape[-1]} channels; it takes equal ones"
     return device_obstacle(target, q, k, v) or rows_obstacle(rows, "softmax" in arguments)

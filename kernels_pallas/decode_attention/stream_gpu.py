@@ -1,10 +1,18 @@
 """The kernel of `stream` for Hopper GPUs.
 
 A thread block takes a tile of queries for one kv head. One of its warpgroups copies blocks of keys
-and values into a ring of slots, as many in flight as fit; one or two others multiply, 64 rows each,
-which is what one instruction of the tensor cores takes. A single decoding token fills few of those
-rows, and that is no loss: reading the keys takes longer than multiplying them by 64 rows. To occupy
-the whole GPU with few sequences, the keys of each are split, and the parts merged afterwards.
+and values into a ring of slots (`copies_gpu`), as many in flight as fit; two others multiply 64
+rows at a time, which is what one instruction of the tensor cores takes. A single decoding token
+fills few of those rows, and that is no loss while the memory is waited for:
+
+    a block of 64 keys and values of 128 channels   32 KiB
+    its time at 3.35 or 4.8 TB/s over 132           1290 or 900 ns
+    products, 64 exponentials a row, latencies      about 1300 cycles, 700 ns
+
+That leaves one warpgroup no room on the faster memory, nor with 64 channels, so the two take the
+blocks of a tile of up to 64 rows in turn and merge in the end. Four slots keep 128 KiB in flight,
+where the memory's latency of 700 ns asks for 25 KiB. To occupy the whole GPU with few sequences,
+the keys of each are split over thread blocks too, and the parts merged afterwards.
 """
 
 from __future__ import annotations
@@ -12,8 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,45 +28,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.attention import gpu_operations as gpu
+from kernels_pallas.decode_attention.copies_gpu import (
+    KEYS,
+    Call,
+    References,
+    Source,
+    field,
+    fill,
+    named,
+    place,
+    start,
+)
 from kernels_pallas.decode_attention.scores_gpu import LOG2E, Span, iota, logits, visible
-from kernels_pallas.decode_attention.stream import Items, Masking, Place
+from kernels_pallas.decode_attention.stream import Items, Masking
 
 Array = jax.Array
 ROWS = 64
-KEYS = 64
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 """Of a thread, where three warpgroups share them."""
 NOWHERE = 1 << 30
 """Token of a row that only fills the tile."""
 LOWEST = -1e30
 """Where a running maximum starts, and a hidden score; finite, so that nothing gives no NaN."""
-
-
-class Source(Protocol):
-    """Keys and values in memory, of which a block is `KEYS` tokens."""
-
-    @property
-    def copies(self) -> int:
-        """That make up the keys of a block; the values take as many."""
-        ...
-
-    def start(
-        self, copy: Callable[[Any, Any], None], array: Any, which: int, slot: Any, head: Any,
-        at: Place,
-    ) -> None:  # fmt: skip
-        """`copy(source, destination)` for each piece of the keys (0) or values (1) of a block."""
-        ...
-
-
-@dataclass(frozen=True)
-class Call:
-    """Static. warpgroups: that multiply. slots: blocks in flight. simulate: run on a CPU."""
-
-    masking: Masking
-    source: Source
-    warpgroups: int
-    slots: int
-    simulate: bool
 
 
 class State(NamedTuple):
@@ -103,12 +93,9 @@ def stream_attention(
         `[tiles * splits, kv_heads, rows]`. Rows that see nothing give 0 and `-inf`.
     """
     tiles, kv_heads, rows, dim = q.shape
-    warpgroups = -(-rows // ROWS)
-    slots = slots_for(warpgroups, dim, masking, shared_bytes)
-    call = Call(masking, source, warpgroups, slots, simulate)
-    ring = slots + (masking.unified is not None)
+    call = call_of(masking, source, rows, dim, shared_bytes, simulate)
     parts = tiles * masking.splits
-    per_row = [_whole_rows(x, warpgroups) for x in (slopes, phi) if x is not None]
+    per_row = [_whole_rows(x, call.pieces) for x in (slopes, phi) if x is not None]
     scalars = (jnp.stack(items), first, jnp.asarray(layer, jnp.int32).reshape(1))
     table = jnp.zeros((1, 1), jnp.int32) if table is None else table
     options: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
@@ -118,140 +105,88 @@ def stream_attention(
             jax.ShapeDtypeStruct((parts, kv_heads, rows, dim), q.dtype),
             jax.ShapeDtypeStruct((parts, kv_heads, rows), jnp.float32),
         ],
-        scratch_types=[
-            gpu.tiles((warpgroups, ROWS, dim), q.dtype),
-            gpu.tiles((ring, KEYS, dim), q.dtype),
-            gpu.tiles((ring, KEYS, dim), q.dtype),
-            plgpu.SMEM((warpgroups, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=warpgroups),
-            plgpu.Barrier(num_arrivals=source.copies, num_barriers=ring),
-            plgpu.Barrier(num_arrivals=source.copies, num_barriers=ring),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=slots),
-        ],
+        scratch_types=_memory(call, dim, q.dtype),
         grid=(kv_heads, parts),
         grid_names=("head", "part"),
-        num_threads=warpgroups + 1,
+        num_threads=call.warpgroups + 1,
         thread_name="warpgroup",
         **(options | ({"interpret": gpu.simulator()} if simulate else {})),
     )
-    row = jnp.arange(warpgroups * ROWS, dtype=jnp.int32)
+    row = jnp.arange(call.pieces * ROWS, dtype=jnp.int32)
     tokens = jnp.where(row < masking.tokens * masking.group, row // masking.group, NOWHERE)
     return kernel(*scalars, table, tokens, q, *per_row, *arrays)
 
 
-def slots_for(warpgroups: int, dim: int, masking: Masking, shared_bytes: int) -> int:
-    """Blocks in flight: up to 6, and what fits beside the queries and a slot for falling back."""
-    block = 2 * KEYS * dim * 2
-    left = shared_bytes - 8192 - warpgroups * ROWS * dim * 2
-    return max(2, min(6, left // block - (masking.unified is not None)))
+def call_of(
+    masking: Masking, source: Source, rows: int, dim: int, shared_bytes: int, simulate: bool
+) -> Call:
+    """Two warpgroups where they fit, and up to 6 blocks in flight: what shared memory holds beside
+    the queries, what one warpgroup hands the other, and a slot for falling back.
+    """
+    unified, pieces = masking.unified is not None, -(-rows // ROWS)
+    turns = 2 if pieces == 1 and dim <= 128 and not unified else 1
+    left = shared_bytes - 8192 - pieces * turns * ROWS * dim * 2 - (turns - 1) * ROWS * dim * 4
+    slots = max(2, min(6, left // (2 * KEYS * dim * 2) - unified))
+    return Call(masking, source, pieces, turns, slots // turns * turns, simulate)
 
 
-def _whole_rows(x: Array, warpgroups: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, warpgroups * ROWS - x.shape[1])))
+def _memory(call: Call, dim: int, dtype: Any) -> list[Any]:
+    """Shared memory and barriers, as `References` names them from `q_own` on."""
+    ring = call.slots + (call.masking.unified is not None)
+    wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    per_row = plgpu.SMEM((ROWS,), jnp.float32)
+    other = [plgpu.SMEM((ROWS, dim), jnp.float32, transforms=wide), per_row, per_row]
+    return [
+        gpu.tiles((call.warpgroups, ROWS, dim), dtype),
+        gpu.tiles((ring, KEYS, dim), dtype),
+        gpu.tiles((ring, KEYS, dim), dtype),
+        plgpu.SMEM((call.warpgroups, ROWS), jnp.float32),
+        *other * (call.turns - 1),
+        plgpu.Barrier(num_barriers=call.warpgroups),
+        plgpu.Barrier(num_arrivals=call.source.copies, num_barriers=ring),
+        plgpu.Barrier(num_arrivals=call.source.copies, num_barriers=ring),
+        plgpu.Barrier(num_arrivals=call.pieces, num_barriers=call.slots),
+        *[plgpu.Barrier()] * (call.turns - 1),
+    ]
 
 
-class References(NamedTuple):
-    """What the kernel is given: scalars, arrays, results, and memory to work in."""
-
-    items: Any
-    first: Any
-    layer: Any
-    table: Any
-    tokens: Any
-    q: Any
-    slopes: Any
-    phi: Any
-    arrays: Any
-    out: Any
-    lse: Any
-    q_own: Any
-    keys: Any
-    values: Any
-    lse_own: Any
-    q_there: Any
-    keys_there: Any
-    values_there: Any
-    free: Any
-
-
-def _named(masking: Masking, arrays: int, refs: Sequence[Any]) -> References:
-    left = list(refs)
-    optional = {"slopes": masking.alibi, "phi": masking.unified is not None}
-    named: dict[str, Any] = {}
-    for name in References._fields:
-        count = arrays if name == "arrays" else optional.get(name, 1)
-        taken, left = left[:count], left[count:]
-        named[name] = taken if name == "arrays" else taken[0] if taken else None
-    return References(**named)
+def _whole_rows(x: Array, pieces: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, pieces * ROWS - x.shape[1])))
 
 
 def _kernel(call: Call, rows: int, arrays: int, *refs: Any) -> None:
-    r = _named(call.masking, arrays, refs)
+    r = named(call, arrays, refs)
     head, part = jax.lax.axis_index("head"), jax.lax.axis_index("part")
     warpgroup = jax.lax.axis_index("warpgroup")
-    start, stop = r.first[part], r.first[part + 1]
+    first, stop = r.first[part], r.first[part + 1]
 
     @pl.when(warpgroup < call.warpgroups)
     def _compute() -> None:
         if call.warpgroups > 1:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _multiply(call, r, rows, head, part, warpgroup, start, stop)
+        state = _multiply(call, r, rows, head, part, warpgroup, first, stop)
+        if call.turns == 1:
+            _store(call, r, rows, head, part, warpgroup, state)
+            return
+        pl.when(warpgroup == 1)(lambda: _hand_over(r, state))
+
+        @pl.when(warpgroup == 0)
+        def _finish() -> None:
+            _store(call, r, rows, head, part, warpgroup, _joined(call, r, state))
 
     @pl.when(warpgroup == call.warpgroups)
     def _copy() -> None:
         if call.warpgroups > 1:
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        _fill(call, r, head, start, stop)
-
-
-def _field(r: References, name: str, item: Any) -> Any:
-    return r.items[Items._fields.index(name), item]
-
-
-def _place(r: References, item: Any, turn: Any) -> Place:
-    sinks, first = _field(r, "sink_blocks", item), _field(r, "first", item)
-    block = jnp.where(turn < sinks, turn, first + turn - sinks)
-    return Place(r.table, r.layer[0], _field(r, "sequence", item), _field(r, "length", item), block)
-
-
-def _start(call: Call, r: References, head: Any, place: Place, slot: Any) -> None:
-    """Copy the block at a place into a slot."""
-    for which, ring, there in ((0, r.keys, r.keys_there), (1, r.values, r.values_there)):
-
-        def copy(source: Any, destination: Any, there: Any = there) -> None:
-            plgpu.copy_gmem_to_smem(source, destination, there.at[slot])
-
-        array = r.arrays[min(which, len(r.arrays) - 1)]
-        call.source.start(copy, array, which, ring.at[slot], head, place)
-
-
-def _fill(call: Call, r: References, head: Any, start: Any, stop: Any) -> None:
-    """The blocks of all items, each as soon as its slot is free again."""
-
-    def item(index: Any, step: Any) -> Any:
-        def block(turn: Any, step: Any) -> Any:
-            slot = jax.lax.rem(step, jnp.int32(call.slots))
-            pl.when(step >= call.slots)(lambda: plgpu.barrier_wait(r.free.at[slot]))
-            _start(call, r, head, _place(r, index, turn), slot)
-            return step + 1
-
-        return jax.lax.fori_loop(0, _field(r, "blocks", index), block, step)
-
-    steps = jax.lax.fori_loop(start, stop, item, jnp.int32(0))
-
-    def drain(step: Any, _: Any) -> Any:
-        plgpu.barrier_wait(r.free.at[jax.lax.rem(step, jnp.int32(call.slots))])
-        return _
-
-    jax.lax.fori_loop(jnp.maximum(steps - call.slots, 0), steps, drain, jnp.int32(0))
+        fill(call, r, head, first, stop)
 
 
 def _multiply(
-    call: Call, r: References, rows: int, head: Any, part: Any, warpgroup: Any, start: Any,
+    call: Call, r: References, rows: int, head: Any, part: Any, warpgroup: Any, first: Any,
     stop: Any,
-) -> None:  # fmt: skip
-    """The softmax of the items of a tile's part, and what comes of it."""
-    masking = call.masking
+) -> State:  # fmt: skip
+    """The softmax of a tile's part: of all its blocks, or of every other one."""
+    masking, turns = call.masking, call.turns
     tile = jax.lax.div(part, jnp.int32(masking.splits))
     q, lse = r.q_own.at[warpgroup], r.lse_own.at[warpgroup]
 
@@ -260,7 +195,7 @@ def _multiply(
 
     _for_rows(call, rows, warpgroup, load_queries)
     plgpu.barrier_wait(r.q_there.at[warpgroup])
-    mine = pl.ds(warpgroup * ROWS, ROWS)
+    mine = pl.ds(warpgroup * ROWS if call.pieces > 1 else 0, ROWS)
     per_row = lambda x: gpu.load(x, gpu.of_rows(), call.simulate)  # noqa: E731
     tokens = per_row(r.tokens.at[mine]) + tile * masking.tokens
     slopes = None if r.slopes is None else per_row(r.slopes.at[head, mine])
@@ -268,24 +203,57 @@ def _multiply(
     attend = functools.partial(_attend, call, r, q, tokens, slopes)
 
     def item(index: Any, carry: Any) -> Any:
-        def block(turn: Any, carry: Any) -> Any:
-            state, step = carry
-            slot = jax.lax.rem(step, jnp.int32(call.slots))
+        state, before = carry
+        blocks = field(r, "blocks", index)
+        skipped = jax.lax.rem(before + warpgroup, jnp.int32(2)) if turns > 1 else jnp.int32(0)
+
+        def block(number: Any, state: State) -> State:
+            turn = skipped + number * turns
+            slot = jax.lax.rem(before + turn, jnp.int32(call.slots))
             state = attend(index, turn, slot, state, phi is None)
             plgpu.barrier_arrive(r.free.at[slot])
-            return state, step + 1
+            return state
 
-        state, step = jax.lax.fori_loop(0, _field(r, "blocks", index), block, carry)
+        count = jax.lax.div(blocks - skipped + (turns - 1), jnp.int32(turns))
+        state = jax.lax.fori_loop(0, count, block, state)
         if phi is not None:
             state = _fall_back(call, r, rows, head, index, tokens, lse, attend, state)
-        return state, step
+        return state, before + blocks
 
     initial = _initial(call, r.q.shape[-1], phi)
-    state, _ = jax.lax.fori_loop(start, stop, item, (initial, jnp.int32(0)))
-    seen = state.total > 0
-    safe = jnp.where(seen, state.total, 1.0)
+    return jax.lax.fori_loop(first, stop, item, (initial, jnp.int32(0)))[0]
+
+
+def _hand_over(r: References, state: State) -> None:
+    """The state of the second warpgroup, to the first."""
+    for room, x in zip(r.other, state, strict=True):
+        room[...] = x
+    plgpu.barrier_arrive(r.other_there)
+
+
+def _joined(call: Call, r: References, state: State) -> State:
+    """Both warpgroups' states as one."""
+    plgpu.barrier_wait(r.other_there)
+    layouts = (gpu.matrix(), gpu.of_rows(), gpu.of_rows())
+    other = State(
+        *(gpu.load(x, layout, call.simulate) for x, layout in zip(r.other, layouts, strict=True))
+    )
+    peak = jnp.maximum(state.peak, other.peak)
+    values, total = jnp.zeros_like(state.values), jnp.zeros_like(state.total)
+    for x in (state, other):
+        keep = jnp.exp2(x.peak - peak)
+        values, total = values + x.values * gpu.down(keep, values.shape), total + x.total * keep
+    return State(values, peak, total)
+
+
+def _store(
+    call: Call, r: References, rows: int, head: Any, part: Any, warpgroup: Any, state: State
+) -> None:
+    q, lse = r.q_own.at[warpgroup], r.lse_own.at[warpgroup]
+    unseen = state.total <= 0  # false for NaN, which stays one
+    safe = jnp.where(unseen, 1.0, state.total)
     q[...] = (state.values * gpu.down(1.0 / safe, state.values.shape)).astype(r.out.dtype)
-    lse[...] = jnp.where(seen, jnp.log(safe) + state.peak * (1 / LOG2E), -jnp.inf)
+    lse[...] = jnp.where(unseen, -jnp.inf, jnp.log(safe) + state.peak * (1 / LOG2E))
     plgpu.commit_smem()
 
     def store(here: Any, own: Any) -> None:
@@ -297,8 +265,11 @@ def _multiply(
 
 
 def _for_rows(call: Call, rows: int, warpgroup: Any, action: Callable[[Any, Any], None]) -> None:
-    """`action(rows of the tile, rows of the warpgroup)`; the last may have fewer than 64."""
-    for number in range(call.warpgroups):
+    """`action(rows of the tile, rows of the warpgroup)`; the last piece may have fewer than 64."""
+    if call.pieces == 1:
+        action(pl.ds(0, rows), pl.ds(0, rows))
+        return
+    for number in range(call.pieces):
         count = min(ROWS, rows - number * ROWS)
         here, own = pl.ds(number * ROWS, count), pl.ds(0, count)
         pl.when(warpgroup == number)(functools.partial(action, here, own))
@@ -317,13 +288,13 @@ def _attend(
     """Add one block of keys to the state of every row."""
     plgpu.barrier_wait(r.keys_there.at[slot])
     scores = gpu.product(q, r.keys.at[slot], call.simulate, transposed=True)
-    place = _place(r, item, turn)
+    at = place(r, item, turn)
     span = Span(
-        begin=_field(r, "begin", item),
-        end=_field(r, "end", item),
-        shift=_field(r, "shift", item),
-        length=place.length,
-        slot=place.block * KEYS,
+        begin=field(r, "begin", item),
+        end=field(r, "end", item),
+        shift=field(r, "shift", item),
+        length=at.length,
+        slot=at.block * KEYS,
     )
     seen, distance = visible(call.masking, span, tokens, scores.shape, call.simulate)
     scores = jnp.where(seen, logits(call.masking, scores, distance, slopes), LOWEST)
@@ -336,7 +307,7 @@ def _attend(
     weights = jnp.where(seen, weights, 0.0)
     total = total + jnp.sum(weights, axis=1)
     plgpu.barrier_wait(r.values_there.at[slot])
-    left = place.length - place.block * KEYS
+    left = at.length - at.block * KEYS
     pl.when(left < KEYS)(lambda: _clean(call, r.values.at[slot], left))
     weights = weights.astype(r.out.dtype)
     values = gpu.add_product(values, weights, r.values.at[slot], call.simulate)
@@ -359,8 +330,8 @@ def _fall_back(
     """
     assert call.masking.unified is not None
     low, high = (math.exp(bound) for bound in call.masking.unified)
-    mine = (tokens >= _field(r, "begin", item)) & (tokens < _field(r, "end", item))
-    mine = mine & (tokens + _field(r, "shift", item) >= 0)
+    mine = (tokens >= field(r, "begin", item)) & (tokens < field(r, "end", item))
+    mine = mine & (tokens + field(r, "shift", item) >= 0)
     good = (state.total >= low) & (state.total <= high)  # false for NaN
     out_of_range = jnp.where(good, 0.0, jnp.where(mine, 1.0, 0.0))
     room[...] = out_of_range
@@ -368,10 +339,10 @@ def _fall_back(
 
     def block(turn: Any, again: State) -> State:
         spare = call.slots + jnp.minimum(turn, 0)  # traced: JAX 0.12 takes no literal here
-        _start(call, r, head, _place(r, item, turn), spare)
+        start(call, r, head, place(r, item, turn), spare)
         return attend(item, turn, spare, again, True)
 
-    blocks = jnp.where(count > 0, _field(r, "blocks", item), 0)
+    blocks = jnp.where(count > 0, field(r, "blocks", item), 0)
     again = jax.lax.fori_loop(0, blocks, block, _initial(call, r.q.shape[-1], None))
     chosen = gpu.down(out_of_range, state.values.shape) > 0.5
     return State(

@@ -81,7 +81,31 @@ def seen_blocks(
     return first, jnp.minimum(first, -(-masking.sinks // keys))
 
 
-def split_items(items: Items, splits: int) -> Items:
+def dealt_items(items: Items, count: Array, tiles: int, splits: int) -> tuple[Items, Array]:
+    """Each tile's blocks dealt to parts of it.
+
+    Args:
+        items: in the order of their tiles; if there are as many as tiles, each has one.
+        count: how many of them are real.
+        tiles: there are.
+        splits: parts of a tile.
+
+    Returns the items in the order of parts, and `int32[tiles * splits + 1]`, the first of each.
+    """
+    part, real = jnp.arange(tiles * splits + 1, dtype=jnp.int32), count * splits
+    alone = len(items.tile) == tiles
+    items = items if splits == 1 else _split(items, splits)
+    if alone:
+        return items, jnp.minimum(part, real)
+    number = jnp.arange(len(items.tile), dtype=jnp.int32)
+    owner = jnp.where(number < real, items.tile * splits + number % splits, tiles * splits)
+    if splits > 1:
+        order = jnp.argsort(owner, stable=True)
+        items, owner = Items(*(x[order] for x in items)), owner[order]
+    return items, jnp.searchsorted(owner, part).astype(jnp.int32)
+
+
+def _split(items: Items, splits: int) -> Items:
     """Each item as so many neighbours, of equal shares of its blocks; the first has the sinks'."""
     number = jnp.arange(splits, dtype=jnp.int32)
     share = jnp.maximum(-(-items.blocks // splits), items.sink_blocks)[:, None]

@@ -148,10 +148,11 @@ def _run(
 
 
 def _kernel(call: Call, *refs: Any) -> None:
-    masking, left = call.masking, list(refs[5:-6])
-    slopes = left.pop(0) if masking.alibi else None
-    phi = left.pop(0) if masking.unified is not None else None
-    r = References(*refs[:5], slopes, phi, refs[-6:-2], *refs[-2:])
+    masking = call.masking
+    numbers, optional, arrays, results = refs[:5], list(refs[5:-6]), refs[-6:-2], refs[-2:]
+    slopes = optional.pop(0) if masking.alibi else None
+    phi = optional.pop(0) if masking.unified is not None else None
+    r = References(*numbers, slopes, phi, arrays, *results)  # pyright: ignore[reportCallIssue]
     b, head, part = (pl.program_id(axis) for axis in range(3))
     length = r.lengths[b]
     count = (length + call.page_size - 1) // call.page_size

@@ -73,7 +73,7 @@ def paged_attention(
     simulate: bool = False,
     **options: Any,
 ) -> Any:
-    """See `reference.paged_attention`. splits: parts of the keys of each decoding sequence. tile:
+    """See `reference.paged_attention`. splits: parts that each tile's keys are cut into. tile:
     tokens of a prompt that are computed at a time.
     """
     if layer is None:
@@ -81,11 +81,12 @@ def paged_attention(
     _, _, size, pairs, dim = pages.shape
     kv_heads, group = pairs // 2, 2 * q.shape[1] // pairs
     blocks = -(-page_table.shape[1] * size // KEYS)
-    parts = splits or splits_for(target, len(page_table) * kv_heads, blocks)
 
     def masking(tokens: int) -> Masking:
+        tiles = len(page_table) if tokens == 1 else -(-len(q) // tokens)
+        parts = splits or splits_for(target, tiles * kv_heads, blocks)
         shared = {"softmax": softmax, "alibi_slopes": alibi_slopes, "head_dim": dim}
-        shared["splits"] = parts if tokens == 1 else 1
+        shared["splits"] = parts
         return masking_of(tokens, group, padded_rows(tokens * group), **shared, **options)
 
     def run(q: Array, items: Items, count: Array, masking: Masking) -> tuple[Array, Array]:
