@@ -3,6 +3,7 @@ and every one of its calls is ready.
 """
 
 import functools
+import importlib
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ from benchmarks import gpu_measure, kernels_gpu
 from benchmarks.gpu_case import HALF, GpuCase, Rival, Speed, normal
 from benchmarks.kernels_gpu_worker import Row, attempt, named_gpu, run
 from kernels_pallas.gpu_topology import GPUS
+
+CASES = kernels_gpu.cases_by_name()
 
 
 def test_differences_know_nan_infinity_and_whole_numbers():
@@ -117,11 +120,9 @@ def test_wrong_arguments_say_what_would_be_right(capsys, monkeypatch):
 
 def test_names_are_unique_and_goals_come_first():
     names = kernels_gpu.chosen(kernels_gpu.parse([]))
-    count = sum(
-        len(__import__(module, fromlist=["cases"]).cases(tiny=False))
-        for module in kernels_gpu.KERNELS.values()
-    )
-    assert len(names) == count + 1
+    assert sorted(names) == sorted(["ceilings", *CASES])
+    modules = (importlib.import_module(module) for module in kernels_gpu.KERNELS.values())
+    assert len(CASES) == sum(len(module.cases(tiny=True)) for module in modules)
     assert names[0] == "ceilings"
     goals = {"attention forward, llama3_8b", "attention backward, llama3_8b", "decode, llama3_8b"}
     assert goals < set(names[1:12])
@@ -142,13 +143,13 @@ def test_a_dry_run_checks_the_plain_function_and_compiles_the_kernel(tmp_path, c
 
 
 @pytest.mark.slow
-def test_every_call_is_taken_by_its_kernel_and_gives_what_the_plain_function_does():
-    where = named_gpu(GPUS["h200"].device_kind)
-    for name, one in kernels_gpu.cases_by_name().items():
-        shapes = jax.eval_shape(one.make, jax.eval_shape(jax.random.key, 0))
-        expected = jax.eval_shape(one.plain, *shapes)
-        if one.poison is not None:
-            assert jax.eval_shape(one.poison, *shapes) == shapes, name
-        if one.served:
-            with jax.sharding.use_abstract_mesh(where):
-                assert jax.eval_shape(one.kernel, *shapes) == expected, name
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_is_taken_by_its_kernel_and_gives_what_the_plain_function_does(name):
+    one = CASES[name]
+    shapes = jax.eval_shape(one.make, jax.eval_shape(jax.random.key, 0))
+    expected = jax.eval_shape(one.plain, *shapes)
+    if one.poison is not None:
+        assert jax.eval_shape(one.poison, *shapes) == shapes
+    if one.served:
+        with jax.sharding.use_abstract_mesh(named_gpu(GPUS["h200"].device_kind)):
+            assert jax.eval_shape(one.kernel, *shapes) == expected

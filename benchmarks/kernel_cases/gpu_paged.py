@@ -260,16 +260,22 @@ def make_quantized(shape: kv_quant.QuantizedShape, ragged: bool, key: Array) -> 
     size = (count, shape.kv_heads, shape.page_size, shape.head_dim)
     k = normal(keys[1], *size) * (1 + normal(keys[2], shape.head_dim) ** 2)
     v = normal(keys[3], *size)
-    sizes = (LAYERS, count, shape.kv_heads, shape.page_size, shape.head_dim)
-    if shape.bits == 8:
+    empty = empty_pages(shape, count)
+    if isinstance(empty, kv_quant.Int8Pages):
         tokens = (jnp.swapaxes(x, 1, 2).reshape(-1, *size[1::2]) for x in (k, v))
-        slots = jnp.arange(count * shape.page_size)
-        pages = kv_quant.Int8Pages.empty(*sizes).write(LAYER, slots, *tokens)
+        pages = empty.write(LAYER, jnp.arange(count * shape.page_size), *tokens)
     else:
-        empty = kv_quant.KiviPages.empty(*sizes, bits=shape.bits)
         pages = empty.write(LAYER, jnp.arange(count), k, v)
     q = normal(keys[4], shape.batch, shape.queries, shape.heads, shape.head_dim)
     return q, pages, table, jnp.asarray(lengths, jnp.int32)
+
+
+def empty_pages(shape: kv_quant.QuantizedShape, count: int) -> kv_quant.QuantizedPages:
+    """So many."""
+    sizes = (LAYERS, count, shape.kv_heads, shape.page_size, shape.head_dim)
+    if shape.bits == 8:
+        return kv_quant.Int8Pages.empty(*sizes)
+    return kv_quant.KiviPages.empty(*sizes, bits=shape.bits)
 
 
 def poison_quantized(q: Array, pages: Any, table: Array, lengths: Array, *rest: Any) -> Any:
@@ -300,9 +306,7 @@ def quantized(name: str, shape: kv_quant.QuantizedShape, ragged: bool = False) -
         q = jax.ShapeDtypeStruct(
             (shape.batch, shape.queries, shape.heads, shape.head_dim), "bfloat16"
         )
-        _, pages, *_ = jax.eval_shape(
-            functools.partial(make_quantized, shape, False), jax.eval_shape(jax.random.key, 0)
-        )
+        pages = jax.eval_shape(functools.partial(empty_pages, shape, 1))
         tokens = shape.batch * shape.length
         work = quantized_cost.quantized_attention(q, pages, cached_tokens=tokens)
         speed = Speed(*work, "copy", rivals=(Rival("XLA", plain),))
