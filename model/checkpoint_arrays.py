@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
@@ -103,6 +104,14 @@ def restore(folder: Path, wanted: Arrays, cast: bool = False) -> Arrays:
         )
     found = by_path(tree)
     return {path: _as_wanted(found[path], leaf) for path, leaf in wanted.items()}
+
+
+def read_row(folder: Path, path: str, row: int) -> np.ndarray:
+    """One row `[…]` of the array at `path`, a layer of a stack, without reading the others."""
+    store = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/"}
+    store["path"] = path.replace("/", ".") + "/"
+    spec = {"driver": "zarr", "kvstore": store}
+    return tensorstore.open(spec, read=True, open=True).result()[row].read().result()
 
 
 def check_arrays(

@@ -1,0 +1,39 @@
+"""Functions from checkpoints to a checkpoint (seam 5): what makes a model smaller.
+
+    params, rows = quantize(InMemory(config, params), METHODS["gptq"](bits=3), tokens)
+
+`python -m surgery METHOD --checkpoint=A --out=B` does it from folder to folder, a block at a time.
+"""
+
+from surgery.blocks import Site
+from surgery.calibration import Stats
+from surgery.checkpoint import Text, quantize_checkpoint
+from surgery.methods import METHODS
+from surgery.quantize.driver import Options, quantize
+from surgery.quantize.method import Block, Method
+from surgery.report import perplexity, window_losses
+from surgery.source import Folder, InMemory, Source
+from surgery.windows import Windows, consecutive, draw, from_tokens
+from surgery.work import Work
+
+__all__ = [
+    "METHODS",
+    "Block",
+    "Folder",
+    "InMemory",
+    "Method",
+    "Options",
+    "Site",
+    "Source",
+    "Stats",
+    "Text",
+    "Windows",
+    "Work",
+    "consecutive",
+    "draw",
+    "from_tokens",
+    "perplexity",
+    "quantize",
+    "quantize_checkpoint",
+    "window_losses",
+]

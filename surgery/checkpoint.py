@@ -1,0 +1,175 @@
+"""A quantized checkpoint from a checkpoint: read, calibrate, quantize, measure, write.
+
+The new folder appears at once, whole. Until then all lies in `OUT.working`, from which a run that
+was killed goes on; memory holds one block at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data import load_tokenizer, open_source
+from model import Runtime
+from model import checkpoint as checkpoints
+from model.checkpoint_folder import CheckpointError
+from model.provenance import provenance
+from surgery import report, windows
+from surgery.quantize import driver
+from surgery.quantize.driver import Options, Progress
+from surgery.quantize.method import Method
+from surgery.source import Folder, InMemory, dense
+from surgery.windows import Windows
+from surgery.work import Work
+
+WORKING = ".working"
+CALIBRATION = "calibration.json"
+ROWS = "quantization.jsonl"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text for calibration and for measuring.
+
+    data: calibration text: a file, a folder, a glob, or stdlib:.
+    text_key: field or column of the text.
+    windows: number of calibration windows.
+    length: tokens of a window; 0 is 2048, or as many as the model has positions.
+    seed: of the places that windows are cut from.
+    evaluate: held-out text, whose perplexity is measured before and after.
+    evaluate_windows: windows of it at most.
+    """
+
+    data: str = ""
+    text_key: str = "text"
+    windows: int = 128
+    length: int = 0
+    seed: int = 0
+    evaluate: str = ""
+    evaluate_windows: int = 64
+
+
+def quantize_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    name: str,
+    method: Method,
+    *,
+    text: Text | None = None,
+    options: Options | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint `out`: `checkpoint` with its linear layers quantized.
+
+    Args:
+        checkpoint: a checkpoint folder or a run, of plain arrays.
+        out: a folder that does not exist.
+        name: of the method, for provenance.
+        method: its settings.
+        text: what to calibrate and measure with.
+        options: what to quantize.
+        runtime: compute dtype and mesh of the passes.
+        progress: called with (layers done, all layers, what is going on).
+
+    Returns:
+        The summary that provenance holds too: mean bits, errors, perplexities, seconds.
+
+    Raises:
+        CheckpointError: the folders are not what they must be.
+        ValueError: settings or text that do not fit; nothing is written then.
+    """
+    text, options, runtime = text or Text(), options or Options(), runtime or Runtime()
+    out, began = Path(out).absolute(), time.monotonic()
+    if jax.process_count() > 1:
+        raise CheckpointError(f"{jax.process_count()} processes: surgery runs in one process")
+    if out.exists():
+        raise CheckpointError(f"{out} exists; a checkpoint is never overwritten, choose another")
+    source = dense(Folder(checkpoint))
+    driver.check_targets(source, method, options)
+    calibration, held_out = _windows(source, method, text)
+    work = Work(
+        source.config,
+        out.with_name(out.name + WORKING),
+        {
+            "checkpoint": str(source.folder),
+            "method": name,
+            "settings": driver.settings(method, options),
+            "calibration": None if calibration is None else calibration.record["sha256"],
+            "compute_dtype": runtime.compute_dtype,
+            "devices": 1 if runtime.layout is None else runtime.layout.mesh.size,
+        },
+    )
+    before = (
+        None
+        if held_out is None
+        else report.perplexity(source, held_out.tokens, runtime=_alone(runtime), work=work)
+    )
+    tokens = None if calibration is None else calibration.tokens
+    params, rows = driver.quantize(
+        source, method, tokens, options=options, runtime=runtime, work=work, progress=progress
+    )
+    summary: dict[str, Any] = report.summary(rows)
+    if held_out is not None:
+        after = InMemory(source.config, params)
+        summary["perplexity_before"] = before
+        summary["perplexity_after"] = report.perplexity(
+            after, held_out.tokens, runtime=_alone(runtime), work=work
+        )
+    summary["total_seconds"] = round(time.monotonic() - began, 1)
+    files: dict[str, bytes | str] = {**source.files, ROWS: _lines(rows)}
+    record: dict[str, Any] = {"summary": summary}
+    if calibration is not None:
+        record["calibration"] = dict(calibration.record)
+        files[CALIBRATION] = json.dumps(record["calibration"], indent=1) + "\n"
+    origin = provenance(name, driver.settings(method, options), [str(source.folder)])
+    checkpoints.save(out, source.config, params, files, {**origin, **record})
+    work.remove()
+    return summary
+
+
+def _windows(source: Folder, method: Method, text: Text) -> tuple[Windows | None, Windows | None]:
+    """Calibration and held-out windows, those that are needed."""
+    if method.inputs != "none" and not text.data:
+        raise ValueError(
+            f"{type(method).__name__} learns from the inputs of layers: give calibration text with "
+            "--data=FILE"
+        )
+    if method.inputs == "none" and not text.evaluate:
+        return None, None
+    tokenizer = load_tokenizer(source.files)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise ValueError(
+            f"{source.folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
+            f"{source.config.vocab_size}"
+        )
+    length = text.length or min(2048, source.config.max_length)
+    calibration = held_out = None
+    if method.inputs != "none":
+        calibration = windows.draw(
+            open_source(text.data, text.text_key), tokenizer, text.windows, length, text.seed
+        )
+    if text.evaluate:
+        held_out = windows.consecutive(
+            open_source(text.evaluate, text.text_key),
+            tokenizer,
+            length,
+            text.evaluate_windows,
+        )
+    return calibration, held_out
+
+
+def _alone(runtime: Runtime) -> Runtime:
+    """The same on one device."""
+    return dataclasses.replace(runtime, layout=None)
+
+
+def _lines(rows: list[Mapping[str, Any]] | list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

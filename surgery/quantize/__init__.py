@@ -1,0 +1,1 @@
+"""Post-training quantization: one file a method, and what they share."""

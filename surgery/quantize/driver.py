@@ -1,0 +1,389 @@
+"""Block by block through a model: what its linear layers read, and new weights for them.
+
+Only one block's weights are at hand at a time, and the hidden states of all calibration windows
+before it. A method says whether it learns from the inputs that the unquantized model gives or from
+those of the layers already quantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model import Runtime, abstract, rules
+from sharding import partition
+from surgery import blocks, calibration
+from surgery.blocks import Site
+from surgery.calibration import Stats
+from surgery.quantize.errors import errors
+from surgery.quantize.method import Block, Method, Params
+from surgery.source import Source
+from surgery.work import Work
+from weights import flatten, from_flat, is_format, nearest
+
+Array = jax.Array
+Progress = Callable[[int, int, str], None]
+KEEP = r"(^|/)(router|shared_gate)/"
+ORDERS = ("sequential", "all")
+EQUAL = 1e-4
+"""Largest difference of a transformed block's output, of its largest value: rounding is far less, a
+wrong transform far more.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method is applied to, and how; the same for all methods.
+
+    targets: a regular expression; only kernels whose path below the block it matches somewhere.
+    keep: a regular expression of those left as they are; embeddings, norms and head always are.
+    order: "sequential" measures a site's inputs after the sites before it are quantized; "all"
+        measures a block once.
+    micro_batch: windows that are run at a time, at most.
+    """
+
+    targets: str = ""
+    keep: str = KEEP
+    order: str = "sequential"
+    micro_batch: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "keep"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                text = f"{name}={getattr(self, name)!r} is no regular expression: {error}"
+                raise ValueError(text) from None
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} is not one of {', '.join(ORDERS)}")
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch={self.micro_batch}; it must be 1 or more")
+
+    def wants(self, path: str) -> bool:
+        """Whether the kernel at a path below the block is to be quantized."""
+        kept = bool(self.keep) and re.search(self.keep, path) is not None
+        return re.search(self.targets, path) is not None and not kept
+
+
+def quantize(
+    source: Source,
+    method: Method,
+    tokens: np.ndarray | None = None,
+    *,
+    options: Options | None = None,
+    runtime: Runtime | None = None,
+    work: Work | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The params of a model with its linear layers quantized, and a report row for each of them.
+
+    Args:
+        source: the model.
+        method: of `surgery.METHODS`.
+        tokens: `int32[windows, length]` for methods that calibrate.
+        options: what to quantize.
+        runtime: compute dtype and layout of the calibration passes.
+        work: where finished layers go; None is memory. One that holds finished layers is gone on
+            with.
+        progress: called with (layers done, all layers, what is going on).
+
+    Raises:
+        ValueError: settings that do not fit the model, values that are not finite, too few windows.
+    """
+    run = _Run(
+        source,
+        method,
+        tokens,
+        options or Options(),
+        runtime or Runtime(),
+        work or Work(source.config),
+        progress or (lambda done, total, text: None),
+    )
+    return run.run()
+
+
+@dataclass
+class _Run:
+    source: Source
+    method: Method
+    tokens: np.ndarray | None
+    options: Options
+    runtime: Runtime
+    work: Work
+    progress: Progress
+
+    def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        config = self.source.config
+        check_targets(self.source, self.method, self.options)
+        outer = self.source.outer()
+        check_finite(outer, "")
+        self.method = self.method.plan(self._matrices())
+        if self.method.inputs != "none":
+            self.tokens = _checked_tokens(self.tokens, self.method, self.runtime)
+            if self.work.done == 0:
+                self._embed(outer)
+        for layer in range(self.work.done, config.num_layers):
+            began = time.monotonic()
+            params = self._place(layer, self.source.layer(layer))
+            params, rows = self._layer(layer, params)
+            self.work.put(layer, jax.device_get(params), rows)
+            text = f"{time.monotonic() - began:.1f} s a layer"
+            self.progress(layer + 1, config.num_layers, text)
+        return {**outer, "layers": self.work.layers()}, self.work.rows
+
+    def _layer(self, layer: int, params: Params) -> tuple[Params, list[dict[str, Any]]]:
+        """One block quantized; the hidden states after it are left in the work."""
+        check_finite(params, f"layer {layer} ")
+        for path in blocks.linear_paths(params):
+            if is_format(flatten(params)[path]):
+                raise ValueError(f"layer {layer} {path} is quantized already; give plain arrays")
+        targets = [path for path in blocks.linear_paths(params) if self.options.wants(path)]
+        if self.method.inputs == "none":
+            return self._replace(layer, params, targets, {})
+        config = self.source.config.layer(layer)
+        sites = blocks.sites(params, config, self.runtime)
+        one_by_one = self.method.inputs == "quantized" and self.options.order == "sequential"
+        rows: list[dict[str, Any]] = []
+        for group in [(site,) for site in sites] if one_by_one else [sites]:
+            group = tuple(site for site in group if set(site.linears) & set(targets))
+            if not group and one_by_one:
+                continue
+            stats = self._measure(layer, params, group)
+            view = Block(params, config, stats)
+            view, report = self.method.transform(view, frozenset(targets))
+            if view.params is not params:
+                self._check_equal(layer, params, view.params)
+            known = {path: stat for site, stat in view.stats.items() for path in site.linears}
+            ours = [path for site in group for path in site.linears if path in targets]
+            params, more = self._replace(layer, view.params, ours, known, report)
+            rows += more
+        if self.method.inputs == "quantized":
+            self._advance(layer, params)
+        return params, rows
+
+    def _replace(
+        self,
+        layer: int,
+        params: Params,
+        paths: Iterable[str],
+        stats: Mapping[str, Stats],
+        report: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> tuple[Params, list[dict[str, Any]]]:
+        """The kernels at `paths` quantized, and the rows of the report."""
+        found, rows = flatten(params), []
+        for path in paths:
+            began = time.monotonic()
+            method, own = self.method.at(path), stats.get(path)
+            w = self._by_columns(found[path].astype(jnp.float32))
+            weight, notes = _linear(method, w, own, blocks.is_expert(path))
+            notes = {**(report or {}).get(path, {}), **notes, **errors(w, weight, own)}
+            notes = {key: np.asarray(value).tolist() for key, value in notes.items()}
+            seconds = round(time.monotonic() - began, 3)
+            row = {"layer": layer, "path": path, "shape": list(w.shape), **notes}
+            rows.append({**row, "seconds": seconds})
+            _check_result(layer, path, row)
+            found[path] = weight
+        return from_flat(found), rows
+
+    def _embed(self, outer: Params) -> None:
+        assert self.tokens is not None
+        for rows, out in self._batches(0, write=0):
+            tokens = self._on_devices(self.tokens[rows])
+            out[rows] = np.asarray(
+                blocks.embed(blocks.without_layers(outer), tokens, self.source.config, self.runtime)
+            )
+
+    def _measure(self, layer: int, params: Params, sites: tuple[Site, ...]) -> dict[Site, Stats]:
+        """Statistics of sites over all windows. Methods that learn from the unquantized model have
+        the hidden states after the block written in the same pass.
+        """
+        config, weights = self.source.config.layer(layer), flatten(params)
+        parts = self._parts()
+        stats = {
+            site.name: calibration.empty(weights[site.linears[0]].shape[0], parts) for site in sites
+        }
+        place = {
+            name: calibration.shardings(one, self.runtime.layout) for name, one in stats.items()
+        }
+        stats = jax.device_put(stats, place)
+        forward = self.method.inputs == "fp"
+        for rows, out in self._batches(layer, write=layer + 1):
+            hidden = self._on_devices(self._hidden(layer)[rows])
+            after, stats = blocks.accumulate(
+                params, hidden, stats, config, self.runtime, sites, forward
+            )
+            if after is not None:
+                out[rows] = np.asarray(after)
+        return {site: self._whole(calibration.finish(stats[site.name])) for site in sites}
+
+    def _advance(self, layer: int, params: Params) -> None:
+        """Write the hidden states after a block."""
+        config = self.source.config.layer(layer)
+        for rows, out in self._batches(layer, write=layer + 1):
+            hidden = self._on_devices(self._hidden(layer)[rows])
+            out[rows] = np.asarray(blocks.block(params, hidden, config, self.runtime))
+
+    def _check_equal(self, layer: int, params: Params, changed: Params) -> None:
+        """Raise unless a transformed block does on the first windows what it did before."""
+        config = self.source.config.layer(layer)
+        runtime = dataclasses.replace(self.runtime, compute_dtype="float32")
+        rows, _ = next(self._batches(layer, write=layer + 1))
+        hidden = self._on_devices(self._hidden(layer)[rows].astype(np.float32))
+        before, after = (blocks.block(p, hidden, config, runtime) for p in (params, changed))
+        off = float(jnp.max(jnp.abs(before - after)) / jnp.max(jnp.abs(before)))
+        if not off <= EQUAL:
+            raise ValueError(
+                f"layer {layer}: the transformed block differs from the block by {off:.1e} of its "
+                f"largest output (more than {EQUAL:g}) before anything is rounded"
+            )
+
+    def _hidden(self, layer: int) -> np.ndarray:
+        assert self.tokens is not None
+        shape = (*self.tokens.shape, self.source.config.d_model)
+        return self.work.hidden("stream", layer, shape, jnp.dtype(self.runtime.compute_dtype))
+
+    def _batches(self, layer: int, write: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows of the micro-batches, and the hidden states before layer `write` to fill."""
+        assert self.tokens is not None
+        out, count = self._hidden(write), len(self.tokens)
+        parts = self._parts()
+        sizes = [n for n in range(parts, count + 1, parts) if count % n == 0]
+        size = max([n for n in sizes if n <= self.options.micro_batch] or sizes[:1])
+        for start in range(0, count, size):
+            yield slice(start, start + size), out
+
+    def _matrices(self) -> Iterator[dict[str, Array]]:
+        for layer in range(self.source.config.num_layers):
+            params = self.source.layer(layer)
+            found = flatten(params)
+            yield {p: found[p] for p in blocks.linear_paths(params) if self.options.wants(p)}
+
+    def _parts(self) -> int:
+        layout = self.runtime.layout
+        return 1 if layout is None else layout.size("batch")
+
+    def _on_devices(self, rows: np.ndarray) -> Array:
+        layout = self.runtime.layout
+        if layout is None:
+            return jnp.asarray(rows)
+        spec = PartitionSpec(*layout.spec(("batch",)), *(None,) * (rows.ndim - 1))
+        return jax.device_put(rows, NamedSharding(layout.mesh, spec))
+
+    def _place(self, layer: int, params: Params) -> Params:
+        layout = self.runtime.layout
+        if layout is None:
+            return jax.tree.map(jnp.asarray, params)
+        segment = next(s for s in self.source.config.segments if s.start <= layer < s.stop)
+        places = _stacked_places(self.source.config, layout)[segment.name]
+        return jax.tree.map(
+            lambda leaf, place: jax.device_put(
+                leaf, NamedSharding(layout.mesh, PartitionSpec(*place.spec[1:]))
+            ),
+            params,
+            places,
+        )
+
+    def _by_columns(self, w: Array) -> Array:
+        """A matrix split by columns over all devices, which the rounding of rows does not mix."""
+        layout = self.runtime.layout
+        if layout is None:
+            return w
+        every = layout.mesh.axis_names
+        divides = w.shape[-1] % layout.mesh.size == 0
+        spec = PartitionSpec(*(None,) * (w.ndim - 1), every if divides else None)
+        return jax.device_put(w, NamedSharding(layout.mesh, spec))
+
+    def _whole(self, stats: Stats) -> Stats:
+        layout = self.runtime.layout
+        if layout is None:
+            return stats
+        return jax.device_put(stats, NamedSharding(layout.mesh, PartitionSpec()))
+
+
+def check_targets(source: Source, method: Method, options: Options) -> None:
+    """Raise `ValueError` if no kernel is to be quantized, or one cannot be; nothing is read."""
+    known: set[str] = set()
+    for segment in source.config.segments:
+        stack = flatten(abstract(source.config)["layers"][segment.name])
+        for path in blocks.linear_paths(stack):
+            known.add(path)
+            if not options.wants(path):
+                continue
+            if method.inputs != "none" and blocks.is_expert(path):
+                raise ValueError(
+                    f"layers/{segment.name}/{path} holds experts, each of which reads rows of its "
+                    f"own; {type(method).__name__} would need them apart: leave the experts in 16 "
+                    f"bits with --keep='{KEEP}|experts/', or use a method without calibration"
+                )
+            rows, columns = stack[path].shape[-2:]
+            method.at(path).check(f"layers/{segment.name}/{path}", (rows, columns))
+    if not any(map(options.wants, known)):
+        near = nearest(options.targets, known) or ", ".join(sorted(known))
+        raise ValueError(
+            f"targets={options.targets!r} with keep={options.keep!r} leaves nothing to quantize; "
+            f"paths below a block, nearest: {near}"
+        )
+
+
+def check_finite(params: Params, where: str) -> None:
+    """Raise `ValueError` naming the first array that holds NaN or infinity."""
+    for path, leaf in flatten(params).items():
+        if is_format(leaf):
+            continue
+        wrong = int(jnp.sum(~jnp.isfinite(leaf)))
+        if wrong:
+            raise ValueError(f"{where}{path} holds {wrong:,} values that are not finite")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _linear(
+    method: Method, w: Array, stats: Stats | None, stacked: bool
+) -> tuple[Any, dict[str, Array]]:
+    """A method on one matrix, or on each of a stack of experts'."""
+    if stacked:
+        return jax.lax.map(lambda one: method.linear(one, stats), w)
+    return method.linear(w, stats)
+
+
+@functools.cache
+def _stacked_places(config: Any, layout: Any) -> Any:
+    return partition(abstract(config), rules(config), layout)["layers"]
+
+
+def _checked_tokens(tokens: np.ndarray | None, method: Method, runtime: Runtime) -> np.ndarray:
+    if tokens is None:
+        raise ValueError(
+            f"{type(method).__name__} learns from the inputs of layers: give calibration text "
+            "(--data=FILE)"
+        )
+    parts = 1 if runtime.layout is None else runtime.layout.size("batch")
+    if len(tokens) % parts:
+        raise ValueError(
+            f"{len(tokens)} calibration windows do not divide over {parts} devices; take "
+            f"{len(tokens) // parts * parts or parts}"
+        )
+    return tokens
+
+
+def _check_result(layer: int, path: str, row: Mapping[str, Any]) -> None:
+    loss = np.asarray(row.get("weight_error"))
+    if not np.all(np.isfinite(loss)):
+        raise ValueError(
+            f"layer {layer} {path}: the result is not finite (damping {row.get('damping')}); give "
+            "more calibration windows or a larger --damping"
+        )
+
+
+def settings(method: Method, options: Options) -> dict[str, Any]:
+    """As provenance holds them."""
+    return {**method.settings(), **dataclasses.asdict(options)}
