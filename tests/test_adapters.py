@@ -1,0 +1,217 @@
+"""Adapters: attached to any weight, trained alone, merged, taken out again; and PEFT's files."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, write_text
+
+from model import ModelConfig, Runtime, forward, init
+from model.checkpoint import load, save
+from surgery.adapt import (
+    AdapterFileError,
+    LoRA,
+    adapters,
+    attach,
+    count_adapter_parameters,
+    load_peft,
+    merge,
+    save_peft,
+    unmerge,
+    without_adapters,
+)
+from surgery.adapt.peft_config import CONFIG
+from training import train_language_model
+from weights import LowRank, flatten, grouped, map_with_path, normal_float
+
+CONFIGS = {
+    "llama": ModelConfig(
+        vocab_size=48, d_model=32, num_layers=3, num_heads=4, kv_heads=2, d_ff=64, max_length=32
+    ),
+    "unequal": ModelConfig(
+        vocab_size=48, d_model=32, num_layers=3, num_heads=4, kv_heads=2, d_ff=64, max_length=32,
+        layer_overrides=((1, "d_ff", 96),),
+    ),
+}  # fmt: skip
+TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 48
+
+
+def quantized(params, kind):
+    """The model's linear layers in a format."""
+    make = {
+        "grouped": lambda w: grouped.quantize(w, 4, 16),
+        "nf4": lambda w: normal_float.quantize(w, 16),
+    }[kind]
+
+    def convert(path, weight):
+        return jax.vmap(make)(weight) if path.endswith("/kernel") and weight.ndim == 3 else weight
+
+    return map_with_path(convert, params)
+
+
+def logits(config, params):
+    return np.asarray(forward(params, TOKENS, config, Runtime())[0], np.float64)
+
+
+def disturbed(params, key=1):
+    """With a `b` that is not zero."""
+    keys = iter(jax.random.split(jax.random.key(key), 64))
+    return map_with_path(
+        lambda path, weight: (
+            dataclasses.replace(weight, b=0.3 * jax.random.normal(next(keys), weight.b.shape))
+            if isinstance(weight, LowRank)
+            else weight
+        ),
+        params,
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_changes_nothing_until_it_is_trained(name):
+    config = CONFIGS[name]
+    params = init(config, jax.random.key(0))
+    adapted = attach(params, LoRA(rank=4, alpha=16))
+    assert np.array_equal(logits(config, params), logits(config, adapted))
+    assert jax.tree.all(jax.tree.map(np.array_equal, without_adapters(adapted), params))
+
+
+def test_initial_values_do_not_depend_on_how_layers_are_cut_into_segments():
+    whole, cut = (attach(init(CONFIGS[n], jax.random.key(0))) for n in ("llama", "unequal"))
+    query = [
+        flatten(whole)["layers/000-003/attention/query/kernel"].a[2],
+        flatten(cut)["layers/002-003/attention/query/kernel"].a[0],
+    ]
+    assert np.array_equal(*query)
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(4096, 2_498_560), (8192, 12_943_360)])
+def test_the_number_of_adapter_parameters_is_the_published_one(hidden, expected):
+    """Rank 1 on all seven projections of LLaMA-2 7B and 70B."""
+    sizes = {
+        4096: {"num_layers": 32, "num_heads": 32, "d_ff": 11008},
+        8192: {"num_layers": 80, "num_heads": 64, "kv_heads": 8, "d_ff": 28672},
+    }[hidden]
+    config = ModelConfig(vocab_size=32000, d_model=hidden, **sizes)
+    params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    adapted = jax.eval_shape(lambda params: attach(params, LoRA(rank=1)), params)
+    assert count_adapter_parameters(adapted) == expected
+
+
+@pytest.mark.parametrize("kind", ["grouped", "nf4"])
+def test_a_merged_model_computes_what_the_adapted_one_does(kind):
+    config = CONFIGS["llama"]
+    params = init(config, jax.random.key(0))
+    for base in (params, quantized(params, kind)):
+        adapted = disturbed(attach(base, LoRA(rank=4, alpha=8, rank_stabilized=True)))
+        whole = merge(adapted, jnp.float32)
+        assert not any(isinstance(weight, LowRank) for weight in flatten(whole).values())
+        change = np.abs(logits(config, adapted) - logits(config, base)).max()
+        assert np.abs(logits(config, whole) - logits(config, adapted)).max() < 2e-5 * change
+    apart = unmerge(merge(disturbed(attach(params))), adapters(disturbed(attach(params))))
+    for path, weight in flatten(without_adapters(apart)).items():
+        np.testing.assert_allclose(weight, flatten(params)[path], atol=2e-7, err_msg=path)
+
+
+def test_what_cannot_be_adapted_is_said():
+    params = init(CONFIGS["llama"], jax.random.key(0))
+    with pytest.raises(ValueError, match=r"targets='querry' matches no kernel; nearest: .*query"):
+        attach(params, LoRA(targets="querry"))
+    with pytest.raises(ValueError, match=r"rank=33 is larger than .*query/kernel \[32, 32\]"):
+        attach(params, LoRA(rank=33, targets="query"))
+    with pytest.raises(ValueError, match="rank=0"):
+        LoRA(rank=0)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        attach(attach(params))
+    with pytest.raises(ValueError, match="no adapters"):
+        merge(params)
+    some = adapters(attach(params, LoRA(targets="query")))
+    with pytest.raises(ValueError, match="is a LowRank: unmerge needs plain arrays"):
+        unmerge(attach(params), some)
+
+
+@pytest.mark.slow
+def test_only_adapters_train_over_codes_and_the_codes_stay_to_the_bit(tmp_path):
+    """QLoRA with the training loop: quantized base, adapters, a run, its resumption, merging."""
+    config = tiny_config(write_text(tmp_path))
+    base = train_language_model(config, tmp_path / "base", quiet=True)
+    read = load(base.workdir)
+    start = attach(quantized(read.params, "nf4"), LoRA(rank=4, alpha=8))
+    save(tmp_path / "start", read.config, start, read.files)
+    tuned = dataclasses.replace(
+        config,
+        train=dataclasses.replace(
+            config.train, start_from=str(tmp_path / "start"), trainable=".*/(a|b)", steps=6
+        ),
+    )
+    stopped = train_language_model(tuned, tmp_path / "tuned", stop_at=3, quiet=True)
+    result = train_language_model(tuned, tmp_path / "tuned", quiet=True)
+    assert stopped.step == 3
+    assert result.finished
+    sizes = [leaf.size for leaf in jax.tree.leaves(result.state.opt_state) if leaf.ndim]
+    assert sum(sizes) == 2 * count_adapter_parameters(start)
+    trained = load(result.workdir).params
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, without_adapters(trained), without_adapters(start))
+    )
+    moved = [np.abs(part["b"]).max() for part in adapters(trained).values()]
+    assert min(moved) > 0
+    lines = (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    whole = train_language_model(tuned, tmp_path / "whole", quiet=True)
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole.state.params, result.state.params))
+
+
+def test_adapter_files_come_back_to_the_bit(tmp_path):
+    config = CONFIGS["llama"]
+    params = init(config, jax.random.key(0))
+    adapted = disturbed(attach(params, LoRA(rank=4, alpha=6, targets="attention/.*")))
+    save_peft(tmp_path / "adapter", config, adapted)
+    again = load_peft(tmp_path / "adapter", config, params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, adapted))
+    with pytest.raises(AdapterFileError, match="never overwritten"):
+        save_peft(tmp_path / "adapter", config, adapted)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True may change numbers"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"r": 8}, r"lora_A is \[4, 32\]; adapter_config.json and the base make it \[8, 32\]"),
+        ({"target_modules": ["q_proj"]}, "which adapter_config.json does not mean"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}, "no adapter of"),
+    ],
+)
+def test_an_adapter_file_that_does_not_fit_is_refused_by_field_and_file(field, message, tmp_path):
+    config = CONFIGS["llama"]
+    params = init(config, jax.random.key(0))
+    adapted = disturbed(attach(params, LoRA(rank=4, targets="attention/.*")))
+    folder = save_peft(tmp_path / "adapter", config, adapted)
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**values, **field}))
+    with pytest.raises(AdapterFileError, match=message) as error:
+        load_peft(folder, config, params)
+    assert str(folder) in str(error.value)
+
+
+def test_dropout_falls_on_the_adapters_input_in_training_alone():
+    config = CONFIGS["llama"]
+    params = disturbed(attach(init(config, jax.random.key(0)), LoRA(rank=4, dropout=0.5)))
+
+    def run(key):
+        return np.asarray(forward(params, TOKENS, config, Runtime(), rng=key)[0])
+
+    first, again, other = (run(jax.random.key(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other, atol=1e-3)
+    keep = map_with_path(
+        lambda _, weight: (
+            dataclasses.replace(weight, dropout=0.0) if isinstance(weight, LowRank) else weight
+        ),
+        params,
+    )
+    assert np.array_equal(run(None), np.asarray(forward(keep, TOKENS, config, Runtime())[0]))
