@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -170,53 +170,61 @@ class NoGpu(Exception):
     """The process has found none."""
 
 
-@dataclass
-class Worker:
-    """A process at work, and what it says on stderr."""
-
-    process: subprocess.Popen[bytes]
-    said: IO[bytes]
-
-    def last_line(self) -> str:
-        """Of stderr, if any."""
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "nothing"
-
-
 def measured(
     names: list[str], options: argparse.Namespace, path: Path, ends: float
 ) -> Iterator[Row]:
-    """Rows as they come; a process that ends or hangs costs the case that it was at."""
+    """Rows as they come, of as many processes as it takes."""
     left, ceilings = list(names), {}
-    patience = options.budget_seconds if options.dry_run else PATIENCE
     with path.open("rb") as file:
         while left and time.monotonic() < ends:
             order = Order(
                 left, str(path), ends - time.monotonic(), options.dry_run, options.device, ceilings
             )
-            with tempfile.TemporaryFile() as said:
-                worker = start(order, said)
-                fault = ""
-                for row in watched(worker.process, file, patience, ends + GRACE):
-                    if isinstance(row, str):
-                        fault = row
-                        continue
-                    left = [name for name in left if name != row.name]
-                    ceilings = row.facts.get("ceilings", ceilings)
-                    yield row
-                if worker.process.returncode == NO_GPU:
-                    raise NoGpu(worker.last_line())
-                if left and time.monotonic() < ends and worker.process.returncode != BROKEN:
-                    yield blamed(left.pop(0), fault or worker.last_line())
+            for row in rows_of_a_process(order, file, ends):
+                left = [name for name in left if name != row.name]
+                ceilings = row.facts.get("ceilings", ceilings)
+                yield row
 
 
-def blamed(name: str, reason: str) -> Row:
-    """The row of a case that took its process with it."""
+def rows_of_a_process(order: Order, file: IO[bytes], ends: float) -> Iterator[Row]:
+    """What it writes, and the row of the case at which it fell, if it did."""
+    left, fault, begun = list(order.names), "", None
+    patience = order.seconds if order.dry_run else PATIENCE
+    with tempfile.TemporaryFile() as said:
+        process = start(order, said)
+        for row in watched(process, file, patience, ends + GRACE):
+            if isinstance(row, str):
+                fault = row
+            elif row.done:
+                left, begun = [name for name in left if name != row.name], None
+                yield row
+            else:
+                begun = row
+        reason = fault or last_line(said)
+    if process.returncode == NO_GPU:
+        raise NoGpu(reason)
+    over = time.monotonic() > ends and begun is None
+    if left and not over and process.returncode != BROKEN:
+        yield fallen(left[0], begun, reason)
+
+
+def fallen(name: str, begun: Row | None, reason: str) -> Row:
+    """The row of a case that took its process with it, or that a rival did that to; begun: what was
+    known of it before its rivals were done.
+    """
+    if begun is not None:
+        return replace(begun, done=True, rivals={**begun.rivals, "the next": f"ended by: {reason}"})
     return Row(name, "failed", f"the process ended here: {reason}")
 
 
-def start(order: Order, said: IO[bytes]) -> Worker:
+def last_line(said: IO[bytes]) -> str:
+    """Of what a process said."""
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "it said nothing"
+
+
+def start(order: Order, said: IO[bytes]) -> subprocess.Popen[bytes]:
     """A worker process, told what to do."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *python_path()])}
     if order.dry_run:
@@ -232,7 +240,7 @@ def start(order: Order, said: IO[bytes]) -> Worker:
     assert process.stdin is not None
     process.stdin.write(json.dumps(asdict(order)).encode())
     process.stdin.close()
-    return Worker(process, said)
+    return process
 
 
 def python_path() -> list[str]:

@@ -46,7 +46,8 @@ class Row:
     state: "right", "wrong", "failed", "no GPU kernel" or "out of time"; of the ceilings "measured".
     apart: of each result; None is not finite. tolerance: of each. compiled: what compilers said
     without a GPU. share: of the ceiling. rivals: name -> seconds, or why there are none. met: the
-    goal, None without one. facts: ceilings and versions. took: seconds for all of it.
+    goal, None without one. facts: ceilings and versions. took: seconds for all of it. done: False
+    while rivals are still being timed.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Row:
     rivals: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     took: float = 0.0
+    done: bool = True
 
 
 def main() -> int:
@@ -99,7 +101,7 @@ def main() -> int:
 
 
 def attempt(row: Row, work: Callable[[], None]) -> bool:
-    """Do it, or leave the error in the row; whether the device can go on."""
+    """Do it, or leave the error in the row; whether the device can go on after it."""
     import jax
     import jax.numpy as jnp
 
@@ -107,10 +109,10 @@ def attempt(row: Row, work: Callable[[], None]) -> bool:
         work()
     except Exception as error:
         row.state, row.error = "failed", in_a_line(error)
-        try:
-            jax.block_until_ready(jnp.ones(8) + 1)
-        except Exception:
-            return False
+    try:
+        jax.block_until_ready(jnp.ones(8) + 1)
+    except Exception:
+        return False
     return True
 
 
@@ -177,8 +179,8 @@ def run(row: Row, case: Any, found: dict[str, float], deadline: float, path: str
         taken -= gpu_measure.seconds(speed.less, copies)
     note_speed(row, speed, taken, found)
     note_goal(row, speed)
-    write(path, row)  # kept, should a rival break the device
     for rival in speed.rivals:
+        write(path, dataclasses.replace(row, done=False))  # kept, should it break the device
         row.rivals[rival.name] = (
             rival_seconds(rival, copies) if time.perf_counter() < deadline else "out of time"
         )

@@ -2,10 +2,13 @@
 and every one of its calls is ready.
 """
 
+import dataclasses
 import functools
 import importlib
+import json
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import pytest
 
 from benchmarks import gpu_measure, kernels_gpu
 from benchmarks.gpu_case import HALF, GpuCase, Rival, Speed, normal
-from benchmarks.kernels_gpu_worker import Row, attempt, named_gpu, run
+from benchmarks.kernels_gpu_worker import Order, Row, attempt, named_gpu, run
 from kernels_pallas.gpu_topology import GPUS
 
 CASES = kernels_gpu.cases_by_name()
@@ -93,19 +96,45 @@ def test_times_become_shares_goals_and_ratios(tmp_path):
     assert "itself: " in cells[8]
 
 
-HANGS = "open({path!r}, 'a').write({line!r}); import time; time.sleep(60)"
+SCRIPT = "import sys, time; open({path!r}, 'a').write({text!r}); {then}"
+FIRST, SECOND, RIVALS = (
+    Row("first", "right"),
+    Row("second", "right", seconds=1e-3, rivals={"cuDNN": 2e-3}, done=False),
+    Row("second", "right", seconds=1e-3, rivals={"cuDNN": 2e-3}),
+)
 
 
-def test_a_process_that_hangs_is_ended_and_what_it_wrote_is_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("written", "then", "last"),
+    [
+        ([FIRST], "time.sleep(60)", "failed"),
+        ([FIRST], "sys.exit('illegal address')", "failed"),
+        ([FIRST, SECOND], "sys.exit('illegal address')", "right"),
+        ([FIRST, SECOND, RIVALS], "sys.exit(0)", "right"),
+    ],
+    ids=["hangs", "dies", "a rival dies", "goes on"],
+)
+def test_a_process_that_ends_costs_one_row(written, then, last, tmp_path, monkeypatch):
     path = tmp_path / "rows"
     path.touch()
-    code = HANGS.format(path=str(path), line='{"name": "first", "state": "right"}\n')
-    process = subprocess.Popen([sys.executable, "-c", code])
+    text = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in written)
+    command = [sys.executable, "-c", SCRIPT.format(path=str(path), text=text, then=then)]
+    monkeypatch.setattr(kernels_gpu, "PATIENCE", 2.0)
+    monkeypatch.setattr(
+        kernels_gpu,
+        "start",
+        lambda order, said: subprocess.Popen(command, stdout=said, stderr=said),
+    )
+    order = Order(["first", "second"], str(path), 60.0)
     with path.open("rb") as file:
-        found = list(kernels_gpu.watched(process, file, patience=1.0, ends=float("inf")))
-    assert found[0] == Row("first", "right")
-    assert str(found[1]).startswith("nothing for")
-    assert process.returncode < 0
+        rows = list(kernels_gpu.rows_of_a_process(order, file, time.monotonic() + 60))
+    assert rows[0] == FIRST
+    assert [row.name for row in rows] == ["first", "second"]
+    assert rows[1].state == last
+    assert rows[1].done
+    if then != "sys.exit(0)":
+        said = rows[1].error + str(rows[1].rivals)
+        assert ("illegal address" if "exit" in then else "nothing for 2 s") in said
 
 
 def test_wrong_arguments_say_what_would_be_right(capsys, monkeypatch):
