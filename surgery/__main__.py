@@ -1,8 +1,10 @@
-"""`python -m surgery METHOD` makes a smaller checkpoint of a checkpoint.
+"""`python -m surgery METHOD` makes a smaller checkpoint of a checkpoint, or one with adapters.
 
     python -m surgery rtn --checkpoint=A --out=B --bits=4 --group=128
     python -m surgery gptq --checkpoint=A --out=B --bits=3 --group=64 --data=text.jsonl.gz
     python -m surgery nf4 --checkpoint=A --out=B --evaluate=held_out.txt
+    python -m surgery lora --checkpoint=B --out=C --rank=8
+    python -m surgery export-adapter --checkpoint=C --out=adapter
 
 A run that was stopped goes on where it was when the same command is given again. B holds the report
 of each layer in quantization.jsonl, and in provenance.json what was done with which text.
@@ -25,7 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     known, settings = _parse(arguments)
     try:
-        _run(known, settings)
+        if "run" in known:
+            print(known.run(known))
+        else:
+            _run(known, settings)
     except (CheckpointError, ValueError, OSError, ImportError) as error:
         print(f"python -m surgery: {error}", file=sys.stderr)
         return 2
@@ -35,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[type, dict[str, Any]]]:
     """The plain arguments, and those of each dataclass of settings."""
     from sharding import MeshConfig
+    from surgery.adapt.commands import COMMANDS
     from surgery.checkpoint import Text
     from surgery.methods import METHODS
     from surgery.quantize.driver import Options
@@ -56,8 +62,16 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[type, 
         )
         for cls, prefix in ((method, ""), (Text, ""), (Options, ""), (MeshConfig, "mesh.")):
             _add_fields(command.add_argument_group(cls.__name__), cls, prefix)
+    for name, simple in COMMANDS.items():
+        command = commands.add_parser(name, help=simple.help, description=simple.help)
+        command.add_argument("--checkpoint", required=True, help="a checkpoint or run folder")
+        command.add_argument("--out", required=True, help="the folder to write")
+        simple.arguments(command)
+        command.set_defaults(run=simple.run)
     known = parser.parse_args(arguments)
     given = vars(known)
+    if "run" in given:
+        return known, {}
     settings = {
         cls: {
             field.name: given[prefix + field.name]

@@ -11,6 +11,7 @@ from tiny import tiny_config, write_text
 
 from model import ModelConfig, Runtime, forward, init
 from model.checkpoint import load, save
+from surgery.__main__ import main
 from surgery.adapt import (
     AdapterFileError,
     LoRA,
@@ -215,3 +216,28 @@ def test_dropout_falls_on_the_adapters_input_in_training_alone():
         params,
     )
     assert np.array_equal(run(None), np.asarray(forward(keep, TOKENS, config, Runtime())[0]))
+
+
+def test_the_commands_attach_export_import_merge_and_take_out_again(tmp_path, capsys):
+    config = CONFIGS["llama"]
+    save(tmp_path / "base", config, init(config, jax.random.key(0)))
+
+    def surgery(method, out, **options):
+        flags = [f"--{name}={tmp_path / value}" for name, value in options.items()]
+        status = main([method, f"--out={tmp_path / out}", *flags])
+        assert status == 0, capsys.readouterr().err
+        return tmp_path / out
+
+    surgery("lora", "fresh", checkpoint="base")
+    assert "adapter parameters" in capsys.readouterr().out
+    fresh = load(tmp_path / "fresh")
+    save(tmp_path / "tuned", config, disturbed(fresh.params))
+    surgery("export-adapter", "adapter", checkpoint="tuned")
+    surgery("import-adapter", "again", checkpoint="base", adapter="adapter")
+    surgery("merge", "merged", checkpoint="again")
+    apart = load(surgery("unmerge", "apart", checkpoint="merged", adapter="adapter"))
+    tuned = load(tmp_path / "tuned").params
+    np.testing.assert_allclose(logits(config, apart.params), logits(config, tuned), atol=1e-5)
+    assert load(tmp_path / "merged").provenance["parents"] == [str(tmp_path / "again")]
+    assert main(["merge", f"--checkpoint={tmp_path / 'base'}", f"--out={tmp_path / 'x'}"]) == 2
+    assert "no adapters" in capsys.readouterr().err
