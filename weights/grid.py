@@ -103,7 +103,7 @@ def fit_range(low: Array, high: Array, grid: Grid) -> tuple[Array, Array]:
     low, high = jnp.where(unit, -1.0, low), jnp.where(unit, 1.0, high)
     scale = (high - low) / grid.highest
     zero = -low / jnp.where(constant & ~unit, 1.0, scale)
-    zero = jnp.round(zero) if grid.whole_zero else zero
+    zero = jnp.where(grid.whole_zero | unit, jnp.round(zero), zero)
     zero = jnp.clip(zero, 0, grid.highest) if grid.clip_zero else zero
     exact = constant & ~unit
     return jnp.where(exact, size, scale), jnp.where(exact, jnp.where(high > 0, 0.0, 1.0), zero)
