@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         ("quantized kernels and XLA's way", ("kernel", "xla"), traffic),
     ):
         shown = [row for row in rows if row.kind in kinds and (row.case.xla or "xla" not in kinds)]
-        show(title, shown, generations, figures, options.markdown)
+        if shown:
+            show(title, shown, generations, figures, options.markdown)
     print(f"\nJAX {jax.__version__}, libtpu {libtpu_version()}; nothing ran")
     return 1 if report(rows) else 0
 

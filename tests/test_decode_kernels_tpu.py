@@ -12,6 +12,7 @@ from tpu_aot import compile_and_fit, on_every_generation
 
 from benchmarks.kernel_cases import decode as cases
 from kernels_pallas.decode_attention import Unified, decode_attention
+from kernels_pallas.kv_quant import KiviPages, quantized_attention
 from kernels_pallas.paged_attention import append, paged_attention
 from kernels_pallas.tpu_topology import described_mesh
 
@@ -59,6 +60,27 @@ def test_everything_at_once_compiles_inside_shard_map(generation):
 
     split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(q, q), check_vma=False)
     compiled = compile_and_fit(split, shapes, generation, kernels=1, mesh=mesh, specs=specs)
+    assert "all-gather" not in compiled.text
+
+
+@on_every_generation
+def test_pages_of_both_kinds_are_attended_to_inside_shard_map(generation):
+    """Heads over two devices: a step stores its tokens, and decodes beside 2-bit pages."""
+    mesh = described_mesh(generation, {"tensor": 2})
+    heads, rows = P(None, "tensor"), P(None, None, None, "tensor")
+    kivi = jax.eval_shape(lambda: KiviPages.empty(2, 16, 4, 128, 128))
+    pages = cases.array(2, 64, 16, 8, 128)
+    table, lengths, starts = cases.whole(4, 16), cases.whole(4), cases.whole(5)
+    shapes = (cases.array(4, 16, 128), pages, kivi, table, lengths, starts)
+    specs = (heads, rows, P(None, None, "tensor"), P(), P(), P())
+
+    def run(q, pages, kivi, table, lengths, starts):
+        pages = append(q[:, ::4], q[:, ::4], pages, lengths, layer=1)
+        step = paged_attention(q, pages, table, lengths, starts, layer=1, max_query_length=1)
+        return step, quantized_attention(q[:, None], kivi, table[:, :4], lengths)[:, 0]
+
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    compiled = compile_and_fit(split, shapes, generation, kernels=3, mesh=mesh, specs=specs)
     assert "all-gather" not in compiled.text
 
 

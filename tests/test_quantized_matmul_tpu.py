@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tpu_aot import NAMES, REASON, compile_and_fit, on_every_generation
 
+from kernels_pallas.bit_planes import bit_planes_matmul
+from kernels_pallas.int8_matmul import int8_matmul, quantize_rows
 from kernels_pallas.quantized_matmul import SHAPES, cost, packed_rows, quantized_matmul
 from kernels_pallas.tpu_topology import described_mesh
 
@@ -111,6 +113,28 @@ def test_matrices_may_be_split_over_a_mesh(split, generation):
         step, (x_of(8, 2048), made), generation, kernels=2, mesh=mesh, specs=(x_spec, whole)
     )
     assert compiled.temp_bytes < 2**20
+
+
+@on_every_generation
+def test_integer_kernels_compile_inside_shard_map(generation):
+    """Columns over two devices: the row quantizer, its product, and that with bit planes."""
+    mesh, columns = described_mesh(generation, {"tensor": 2}), P(None, "tensor")
+    kind = jax.ShapeDtypeStruct
+    shapes = (
+        x_of(32, 2048),
+        kind((2048, 512), jnp.int8),
+        kind((512,), jnp.float32),
+        kind((2, 64, 512), jnp.uint32),
+    )
+    specs = (P(), columns, P("tensor"), P(None, None, "tensor"))
+
+    def run(x, codes, scales, planes):
+        rows, x_scales, _ = quantize_rows(x)
+        y = int8_matmul(rows, codes, scales, x_scales, implementation="tpu")
+        return y, bit_planes_matmul(rows, planes, coding="signed")
+
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(columns, columns))
+    compile_and_fit(split, shapes, generation, kernels=3, mesh=mesh, specs=specs)
 
 
 @pytest.mark.tpu_aot
