@@ -1,6 +1,8 @@
 """Compiling for TPUs that are not there: figures, kernels alone and inside `shard_map`."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
-from tpu_aot import compile_and_fit, on_every_generation
+from tpu_aot import REASON, compile_and_fit, on_every_generation
 
+from benchmarks import kernels_tpu
+from benchmarks.kernel_case import Rival
+from benchmarks.kernel_cases import quantized
 from kernels_pallas.target import current_target, warn_once
 from kernels_pallas.tpu_topology import (
     GENERATIONS,
@@ -101,3 +106,23 @@ def test_a_reason_is_warned_of_once():
     with pytest.warns(UserWarning, match="fast product: the plain function .* no such type"):
         warn_once("fast product", "no such type")
     warn_once("fast product", "no such type")
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(REASON is not None, reason=REASON or "libtpu compiles here")
+def test_the_benchmark_has_a_row_a_program_and_says_what_does_not_compile(capsys):
+    case = quantized.packed("llama3_8b_query_int4")
+    too_much = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)
+    greedy = Rival("greedy", lambda x: x @ x, (too_much,))
+    rows = list(kernels_tpu.compiled_rows(dataclasses.replace(case, library=greedy), ["v5e"], None))
+    kernels_tpu.show("", rows, ["v5e"], kernels_tpu.traffic, markdown=True)
+    assert not kernels_tpu.report(rows)  # the kernel itself compiles
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert re.match(
+        r"\| quantized, llama3_8b_query_int4 \| 0.5 \| 9.7 \| [\d.]+ · 0.0 · \d+ \|", lines[2]
+    )
+    assert lines[3] == "| - greedy |  |  | does not compile |"
+    assert lines[4].startswith("| - XLA, int4 |")
+    assert "greedy on v5e: JaxRuntimeError: RESOURCE_EXHAUSTED" in said.err
+    assert kernels_tpu.roofline(case, "v5e") == "12m"
