@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.tpu_topology import without_cache
+
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
@@ -151,7 +153,8 @@ def compile_for(
         for shape, spec in zip(shapes, specs, strict=True)
     )
     fresh = jax.jit(lambda *arguments: function(*arguments))  # no cached program: its report counts
-    with jax.sharding.use_abstract_mesh(where.abstract_mesh), _assembler_report() as report:
+    inside = jax.sharding.use_abstract_mesh(where.abstract_mesh)
+    with inside, without_cache(), _assembler_report() as report:
         compiled: Any = fresh.lower(*placed).compile()
     memory, said = compiled.memory_analysis(), report()
     return Compiled(

@@ -201,14 +201,14 @@ def compile_for(
         )
         for shape, spec in zip(shapes, specs, strict=True)
     )
-    with jax.sharding.use_abstract_mesh(where.abstract_mesh), _without_cache():
+    with jax.sharding.use_abstract_mesh(where.abstract_mesh), without_cache():
         compiled = jax.jit(function).lower(*placed).compile()
     return _described(compiled)
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """Nothing is written to the persistent cache: without a TPU it could not be read back."""
+def without_cache() -> Iterator[None]:
+    """Nothing is written to the persistent cache: without the device it could not be read back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))

@@ -39,16 +39,18 @@ def whole(x):
 
 
 INT8 = {
-    # name: rows of input, rows, columns, splits, type of the result, with bias and addend
-    "ragged": (5, 200, 144, 1, "float32", True),
-    "split": (70, 300, 48, 2, "bfloat16", False),
+    # name: rows of input, of a block of them, rows, columns, splits, type, with bias and addend
+    "bands": (20, 8, 200, 48, 1, "float32", True),
+    "split": (70, 128, 300, 80, 2, "bfloat16", False),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INT8)
-def test_the_8_bit_kernel_is_exact_in_the_simulator(name):
-    m, rows, columns, splits, dtype, terms = INT8[name]
+def test_the_8_bit_kernel_is_exact_in_the_simulator(name, monkeypatch):
+    m, block, rows, columns, splits, dtype, terms = INT8[name]
+    monkeypatch.setattr(gpu_product, "block_rows", lambda m: block)
+    monkeypatch.setattr(gpu_product, "BAND", 2)
     x, w = codes((m, rows)).at[0].set(-128), codes((rows, columns), seed=1).at[:, 0].set(-128)
     of_x, of_w = positive(m), positive(columns, seed=1)
     sums = whole(x) @ whole(w)
@@ -217,6 +219,11 @@ def test_parts_and_slots_fill_a_gpu():
     assert gpu_product.splits_for(112, 32, h100.processors) == 1
     assert gpu_product.splits_for(32, 32, h100.processors) == 4
     assert gpu_product.splits_for(1, 2, h100.processors) == 1
+    sizes = {"rows": 256, "slots": 4, "steps": 32, "splits": 1, "dtype": "bfloat16"}
+    flags = dict.fromkeys(("scaled", "bias", "addend", "simulate"), False)
+    call = gpu_product.Call(gpu.Bytes(), m=9000, columns=1000, **sizes, **flags)
+    assert call.grid == (1, 3, 8, 12)  # 36 blocks of rows in three bands
+    assert call.ends == (36 * 256 - 9000, 24)
     for m in (1, 7, 33, 100, 190, 5000):
         rows = gpu_product.block_rows(m)
         assert rows in (8, 64, 128, 192, 256) if rows > 48 else rows % 8 == 0

@@ -7,6 +7,9 @@ The columns of the matrix lie on the 64 rows of an instruction and are made in r
 one warpgroup copies codes and input into a ring of slots, two multiply, into sums of 32 bits, and
 write what a row and a column are scaled to. Where columns and rows make too few thread blocks for
 the device, each takes a part of the sum, and the parts are added up afterwards as integers.
+
+A step of 128 rows and 256 rows of input copies 48 KiB for 8.4 million operations: 60 % of the peak
+asks the second-level cache for 7 TB/s, and few rows ask the memory for all that it has.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ OUT_ROWS = 64
 MOST_SLOTS = 6
 TILES = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(DEPTH))
 """How shared memory holds input for an instruction: its rows of 128 bytes lie swizzled."""
+BAND = 16
+"""Thread blocks of rows that go through all columns together: 16 MiB of input of 4096 features."""
 FEWEST_STEPS = 4
 """Steps that a part of a sum has at least."""
 
@@ -93,6 +98,21 @@ class Call:
     bias: bool
     addend: bool
     simulate: bool
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """Parts of the sum, bands of rows, columns, and rows of a band: the last run first, so that
+        the input of a band is in the cache for all columns.
+        """
+        rows = -(-self.m // self.rows)
+        bands = -(-rows // BAND)
+        return self.splits, bands, -(-self.columns // WIDTH), -(-rows // bands)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Rows and columns that are missing to whole thread blocks."""
+        _, bands, columns, rows = self.grid
+        return bands * rows * self.rows - self.m, columns * WIDTH - self.columns
 
     @property
     def out_rows(self) -> int:
@@ -153,7 +173,7 @@ def product(
         addend=whole and addend is not None,
         simulate=simulate,
     )
-    x = jnp.pad(x, ((0, -m % (rows if simulate else 8)), (0, -depth % codes.rows)))
+    x = jnp.pad(x, ((0, call.ends[0] if simulate else -m % 8), (0, -depth % codes.rows)))
     found = _launch(call, x, stored, x_scales, scales, bias, addend)[:, :m]
     if whole:
         return found[0]
@@ -211,11 +231,10 @@ def _launch(call: Call, x: Array, stored: Array, *rest: Array | None) -> Array:
         named = (next(left) if optional.get(name, True) else None for name in References._fields)
         _kernel(call, References(*named))
 
-    blocks = -(-call.m // call.rows), -(-call.columns // WIDTH)
     shape = (call.m, call.columns)
     if call.simulate:
-        shape = (blocks[0] * call.rows, blocks[1] * WIDTH)
-        stored = jnp.pad(stored, ((0, 0),) * (stored.ndim - 1) + ((0, -call.columns % WIDTH),))
+        shape = (call.m + call.ends[0], call.columns + call.ends[1])
+        stored = jnp.pad(stored, ((0, 0),) * (stored.ndim - 1) + ((0, call.ends[1]),))
     own = (WARPGROUPS, COLUMNS // call.out_columns, call.out_rows, call.out_columns)
     options: Any = {"interpret": gpu.simulator()} if call.simulate else {}
     (found,) = plgpu.kernel(
@@ -229,8 +248,8 @@ def _launch(call: Call, x: Array, stored: Array, *rest: Array | None) -> Array:
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=call.slots),
             *[plgpu.Barrier(num_arrivals=own[1], num_barriers=WARPGROUPS)] * call.addend,
         ],
-        grid=(blocks[0], blocks[1], call.splits),
-        grid_names=("row", "column", "split"),
+        grid=call.grid,
+        grid_names=("split", "band", "column", "row"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         **options,
@@ -241,16 +260,16 @@ def _launch(call: Call, x: Array, stored: Array, *rest: Array | None) -> Array:
 def _padded(call: Call, name: str, array: Array | None) -> Array:
     """Scales and bias for whole thread blocks; an addend as it is, but in the simulator."""
     assert array is not None
-    rows, columns = -call.m % call.rows, -call.columns % WIDTH
     if name != "addend":
-        end = rows if name == "x_scales" else columns
+        end = call.ends[0 if name == "x_scales" else 1]
         return jnp.pad(array.astype(jnp.float32), (0, end))
-    ends = (rows, columns) if call.simulate else (0, 0)
+    ends = call.ends if call.simulate else (0, 0)
     return jnp.pad(array.astype(call.dtype), [(0, end) for end in ends])
 
 
 def _kernel(call: Call, r: References) -> None:
-    row, column, split = (jax.lax.axis_index(name) for name in ("row", "column", "split"))
+    split, band, column, row = map(jax.lax.axis_index, ("split", "band", "column", "row"))
+    row = band * call.grid[3] + row
     warpgroup = jax.lax.axis_index("warpgroup")
     start = jax.lax.div(split * call.steps, jnp.int32(call.splits))
     stop = jax.lax.div((split + 1) * call.steps, jnp.int32(call.splits))
