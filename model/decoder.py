@@ -96,10 +96,14 @@ def hidden_states(
     longest = _longest(positions, segment_ids) if cache is None else cache.planned_length
     x = _embed(params, x, positions, config, runtime, rng)
     taken = {"embeddings": x} if "embeddings" in wanted else {}
-    reports, caches = [], {}
+    once = cache is not None and _one_device(runtime)
+    reports, caches, encoders = [], {}, {}
     for segment in _until(segments_of(params, config), stop):
         carry = {} if cache is None else {"cache": cache.segments[segment.name]}
-        encoder = PositionEncoder(segment.layer, longest).prepared(positions)
+        if segment.layer not in encoders:
+            encoder = PositionEncoder(segment.layer, longest)
+            encoders[segment.layer] = encoder.prepared(positions, once=once)
+        encoder = encoders[segment.layer]
         context = _context(segment, positions, segment_ids, encoder, runtime, rng, meta)
         x, carry, aux = _run(params, x, segment, stop, context, carry, wanted)
         taken.update(aux.pop("taps", {}))
@@ -211,8 +215,8 @@ def _run(
         stack = jax.tree.map(lambda leaf: leaf[:count], stack)
     here = range(segment.start, segment.start + count)
     sites = frozenset(site for site, layers in wanted.items() if any(n in here for n in layers))
-    one_device = context.runtime.layout is None or context.runtime.layout.mesh.size == 1
-    stack, experts = set_apart(stack) if "cache" in carry and one_device else (stack, {})
+    apart = "cache" in carry and _one_device(context.runtime)
+    stack, experts = set_apart(stack) if apart else (stack, {})
 
     def body(state: tuple[Array, Any], inputs: tuple[Any, Array]) -> tuple[Any, Any]:
         (hidden, carried), (layer_params, index) = state, inputs
@@ -235,6 +239,10 @@ def _run(
         if layer in here
     }
     return x, carry, aux
+
+
+def _one_device(runtime: Runtime) -> bool:
+    return runtime.layout is None or runtime.layout.mesh.size == 1
 
 
 def _until(segments: Iterable[Segment], stop: int) -> list[Segment]:

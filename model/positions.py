@@ -7,7 +7,9 @@ queries and keys, to the cache when there is one, since some caches own position
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.target import current_target
 from model.rope import Tables, rotary_tables, rotate
 
 if TYPE_CHECKING:
@@ -36,11 +39,18 @@ class PositionEncoder:
     length: Array | int | None = None
     known: tuple[Array, Tables] | None = None
 
-    def prepared(self, positions: Array) -> PositionEncoder:
-        """The same encoder with the tables of these positions computed once for all layers."""
+    def prepared(self, positions: Array, *, once: bool = False) -> PositionEncoder:
+        """The same encoder with the tables of these positions computed before the layers.
+
+        `once` keeps a CPU from computing them again: for layers that are no loop, XLA fuses the
+        cosines into each rotation, and so takes them anew for every head of every layer.
+        """
         if self.config.positions != "rope":
             return self
-        return dataclasses.replace(self, known=(positions, self._tables(positions)))
+        tables = functools.partial(self._tables, positions)
+        if once and positions.size and current_target().platform == "cpu":
+            tables = functools.partial(_apart, tables, positions)
+        return dataclasses.replace(self, known=(positions, tables()))
 
     def rotate(self, x: Array, positions: Array) -> Array:
         """Queries or keys `[batch, length, heads, head_dim]` at positions `int32[batch, length]`,
@@ -68,6 +78,16 @@ class PositionEncoder:
 
     def _tables(self, positions: Array) -> Tables:
         return rotary_tables(positions, self.config, self.length)
+
+
+def _apart(tables: Callable[[], Tables], positions: Array) -> Tables:
+    """`tables()` behind a condition that always holds, across which XLA fuses nothing."""
+    shapes = jax.eval_shape(tables)
+
+    def zeros() -> Tables:
+        return jax.tree.map(lambda table: jnp.zeros(table.shape, table.dtype), shapes)
+
+    return jax.lax.cond(positions.reshape(-1)[0] > np.iinfo(np.int32).min, tables, zeros)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

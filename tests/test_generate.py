@@ -24,6 +24,7 @@ from model import (
     sample,
 )
 from model.caches import Dense, Rolling
+from model.decoder import segments_of
 from model.generate import _generate
 from model.layers_apart import can_be_apart, layers_apart
 from model.sampling import restrict
@@ -187,6 +188,17 @@ def test_a_decoding_step_never_holds_a_second_cache():
     layer = size / 4
     assert memory.temp_size_in_bytes < 1.5 * layer
     assert memory.alias_size_in_bytes >= size
+
+
+def test_a_cpu_takes_the_cosines_of_a_step_once():
+    """Not anew in each rotation, where layers stand apart and are no loop."""
+    config = dataclasses.replace(CONFIG, num_layers=3)
+    params = layers_apart(params_of(config))
+    cache = init_cache(config, 2, 32, segments=segments_of(params, config))
+    lowered = jax.jit(hidden_states, static_argnums=2).lower(
+        params, jnp.ones((2, 1), jnp.int32), config, cache=cache
+    )
+    assert lowered.compile().as_text().count(" cosine(") == 1
 
 
 def test_bfloat16_generation_runs_in_the_compute_type():
