@@ -176,6 +176,14 @@ def from_codes(
     return Grouped(pack(codes, bits), scale, zero, bits, group, (rows, columns))
 
 
+def codes_of(weight: Grouped) -> Array:
+    """The codes `uint8[..., K, N]`, whatever form they lie in."""
+    codes = code_forms.elements(weight.codes, weight.form, weight.bits, weight.shape[0])
+    if weight.form == code_forms.ELEMENTS and weight.zero is None:
+        codes = codes.astype(jnp.int16) + 2 ** (weight.bits - 1)
+    return codes.astype(jnp.uint8)
+
+
 def quantize(
     w: Array,
     bits: int = 4,

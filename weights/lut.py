@@ -194,6 +194,12 @@ def from_codes(
     return Lut(pack(codes, bits), table, select, scale, offset, bits, group, (rows, columns))
 
 
+def codes_of(weight: Lut) -> Array:
+    """The codes `uint8[..., K, N]`, whatever form they lie in."""
+    codes = code_forms.elements(weight.codes, weight.form, weight.bits, weight.shape[0])
+    return codes.astype(jnp.uint8)
+
+
 def quantize(w: Array, table: Array, block: int = 64, *, double: bool = False) -> Lut:
     """Round `w [K, N]`, divided by the largest absolute value of each block of `block` inputs, to
     the nearest entries of a `table [entries]` (in the middle of two, the smaller).

@@ -85,6 +85,26 @@ class SecondOrder:
         return jax.tree.map(lambda _: PartitionSpec(), self)
 
 
+def from_codes(
+    codes: Array,
+    shape: tuple[int, int],
+    *,
+    bits: int,
+    group: int,
+    order: str = "columns",
+    **parts: Any,
+) -> SecondOrder:
+    """The format of codes `[G N]`, in their sequence, that were found elsewhere; `parts` are those
+    of `scale`, `zero`, `offset` and `table` that there are.
+    """
+    return _packed(codes, shape, bits, group, order, **parts)
+
+
+def codes_of(part: SecondOrder) -> Array:
+    """The codes `uint8[G N]`, in their sequence."""
+    return unpack(part.q[..., None], part.bits, math.prod(part.shape))[..., 0].astype(jnp.uint8)
+
+
 def values_of(part: Any) -> Any:
     """The array that stands in a slot of scales or zeros: itself, or what is coded; None stays."""
     return part.materialise() if isinstance(part, SecondOrder) else part
