@@ -37,7 +37,6 @@ def test_a_notebook_runs_on_one_cpu_device(path, tmp_path):
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "PYTHONPATH": os.pathsep.join(search),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "TMPDIR": str(tmp_path),
