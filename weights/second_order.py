@@ -159,14 +159,24 @@ def whole(values: Array, bits: int, *, order: str = "columns") -> SecondOrder:
 
 def dynamic_map() -> np.ndarray:
     """The 256 values of the signed 8-bit dynamic data type, `float32`, sorted (arXiv 2110.02861, as
-    in bitsandbytes): for each of 7 decades, twice as many values as for the one below.
+    in bitsandbytes, to the bit): for each of 7 decades, twice as many values as for the one below.
     """
-    found = [0.0, 1.0]
+    found = [np.float32([0.0, 1.0])]
     for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1)
-        values = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
-        found += [*values, *-values]
-    return np.sort(np.asarray(found)).astype(np.float32)
+        edges = _linspace(2**i)
+        values = (edges[1:] + edges[:-1]) / np.float32(2) * np.float32(10.0 ** (i - 6))
+        found += [values, -values]
+    return np.sort(np.concatenate(found))
+
+
+def _linspace(parts: int) -> np.ndarray:
+    """The ends of equal parts of 0.1 .. 1, `float32`, rounded as torch does: from both ends, the
+    product and the sum at once.
+    """
+    first, last, place = np.float32(0.1), np.float32(1), np.arange(parts + 1)
+    step = np.float64((last - first) / np.float32(parts))
+    up, down = first + step * place, last - step * (parts - place)
+    return np.where(place < (parts + 1) // 2, up, down).astype(np.float32)
 
 
 def _blocks(values: Array, group: int, order: str, fill: float | None = None) -> Array:
