@@ -20,6 +20,8 @@ from kernels_pallas.decode_attention import Unified, decode_attention, gpu
 from kernels_pallas.decode_attention.stream import Items
 from kernels_pallas.decode_attention.work import dealt_items
 from kernels_pallas.gpu_topology import GPUS, compile_for, described_mesh
+from kernels_pallas.kv_quant import KiviPages
+from kernels_pallas.kv_quant import gpu as quantized_gpu
 from kernels_pallas.paged_attention import gpu as paged_gpu
 from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.shared_prefix import gpu as shared_gpu
@@ -165,6 +167,49 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(name):
     unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     exported = export.export(run, platforms=["cuda"], disabled_checks=unchecked)(*shapes)
     assert exported.mlir_module().count("@mosaic_gpu_v2") == number
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_the_kernel_of_quantized_pages_lowers_for_cuda_without_a_gpu(bits):
+    *shapes, _ = cases.quantized(f"llama3_8b_{bits}bit").shapes
+    run = jax.jit(functools.partial(quantized_gpu.quantized_attention, target=on("h100")))
+    unchecked = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    exported = export.export(run, platforms=["cuda"], disabled_checks=unchecked)(*shapes)
+    assert exported.mlir_module().count('name = "quantized_attention"') == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "device", "said"),
+    [
+        ((1, 8, 2, 1024, 128), jnp.bfloat16, "NVIDIA H200", None),
+        ((1, 8, 2, 1024, 128), jnp.bfloat16, "NVIDIA A100-SXM4-80GB", "not a Hopper GPU"),
+        ((1, 8, 2, 1024, 128), jnp.float32, "NVIDIA H200", "float32"),
+        ((1, 8, 2, 1024, 96), jnp.bfloat16, "NVIDIA H200", "head_dim 96"),
+        ((1, 8, 2, 1020, 128), jnp.bfloat16, "NVIDIA H200", "1020 slots"),
+        ((33, 8, 2, 1024, 128), jnp.bfloat16, "NVIDIA H200", "132 rows"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_said(sizes, dtype, device, said):
+    queries, heads, kv_heads, slots, dim = sizes
+    q = jax.ShapeDtypeStruct((4, queries, heads, dim), dtype)
+    k = jax.ShapeDtypeStruct((4, kv_heads, slots, dim), dtype)
+    reason = gpu.obstacle(Target("gpu", device, None), {"q": q, "k": k, "v": k}, {})
+    assert reason is None if said is None else said in str(reason)
+
+
+def test_pages_that_the_kernels_do_not_take_are_said():
+    q = jax.ShapeDtypeStruct((4, 8, 128), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((9, 24, 4, 128), jnp.bfloat16)
+    step = {"max_query_length": 1}
+    reason = paged_gpu.obstacle(on("h100"), {"q": q, "pages": pages}, step)
+    assert "pages of 24 tokens" in str(reason)
+    whole = pages.update(shape=(9, 16, 4, 128))
+    assert paged_gpu.obstacle(on("h100"), {"q": q, "pages": whole}, step) is None
+    pages = jax.eval_shape(lambda: KiviPages.empty(1, 2, 2, 256, 128))
+    q = jax.ShapeDtypeStruct((4, 1, 8, 128), jnp.bfloat16)
+    reason = quantized_gpu.obstacle(on("h100"), {"q": q, "pages": pages}, {})
+    assert "page_size 256" in str(reason)
 
 
 @on_a_described_gpu

@@ -1,11 +1,15 @@
 """Decode attention to quantized pages on a GPU.
 
-Pallas' Mosaic back end has no register layout in which a word of packed codes becomes as many rows,
-so this goes through its Triton back end, which lowers in every supported version of JAX although it
-is deprecated.
+Pallas' Mosaic back end has no register layout in which a word of packed codes becomes as many rows;
+each thread's would have to be placed by instruction. So this goes through its Triton back end,
+which lowers in every supported version of JAX although it is deprecated.
 
 A program takes one kv head of one sequence and a part of its pages. It reads the codes of a page
-into registers, makes floats of them there, and multiplies. The parts are merged afterwards.
+into registers, makes floats of them there, and multiplies; the compiler copies the next page
+meanwhile. The parts are merged afterwards. By the assembler's count of registers a processor holds
+two programs for 8 bits and one for fewer, which is what the number of parts is chosen for. By
+estimate, making the floats of a page takes about as long as reading it in 8 bits, so that pages of
+fewer bits save memory rather than time.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas.attention.reference import merge
+from kernels_pallas.decode_attention.copies_gpu import KEYS
 from kernels_pallas.decode_attention.gpu import splits_for
 from kernels_pallas.decode_attention.softmax import Softmax, Unified
 from kernels_pallas.decode_attention.stream import Masking
@@ -88,7 +93,7 @@ def quantized_attention(
     **options: Any,
 ) -> Any:
     """See `reference.quantized_attention`. splits: parts of each sequence's pages; None chooses."""
-    batch, queries, heads, dim = q.shape
+    _, queries, heads, dim = q.shape
     kv_heads = pages.keys.shape[2]
     group = heads // kv_heads
     rows = max(16, pl.next_power_of_2(queries * group))
@@ -99,7 +104,7 @@ def quantized_attention(
         head_dim=dim,
         softmax=softmax,
         alibi_slopes=alibi_slopes,
-        splits=splits or splits_for(target, batch * kv_heads, 2 * page_table.shape[1]),
+        splits=splits or parts_for(pages, page_table, target),
         **options,
     )
     first = lengths - queries if positions is None else positions
@@ -112,6 +117,13 @@ def quantized_attention(
     out, lse = merge(*(list(jnp.moveaxis(x, 2, 0)) for x in found))
     out, lse = (unstack_rows(x, queries, group) for x in (out.astype(q.dtype), lse))
     return (out, lse) if return_lse else out
+
+
+def parts_for(pages: QuantizedPages, page_table: Array, target: Target | None) -> int:
+    """Of each sequence's pages, so that the programs fill the device."""
+    (batch, width), at_once = page_table.shape, 2 if isinstance(pages, Int8Pages) else 1
+    programs = max(1, batch * pages.keys.shape[2] // at_once)
+    return splits_for(target, programs, -(-width * pages.page_size // KEYS))
 
 
 def _run(
