@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from child_flags import cpu_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.checkpoint_folder import CheckpointError
@@ -57,7 +58,7 @@ def start(*arguments: object, devices: int = 1) -> subprocess.Popen[str]:
     root = Path(__file__).parent.parent
     environment = os.environ | {
         "PYTHONPATH": str(root),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": cpu_devices(devices),
     }
     command = [sys.executable, "-W", "error", __file__, *map(str, arguments)]
     pipe = subprocess.PIPE

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child_flags import cpu_devices
 from test_families_mesh import CONFIG, folder_of
 
 from model.checkpoint import load
@@ -28,7 +29,7 @@ def test_each_process_reads_its_part_and_they_export_the_whole(tmp_path):
     params = folder_of(CONFIG, tmp_path / "theirs")
     environment = os.environ | {
         "PYTHONPATH": str(WORKER.parent.parent),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": cpu_devices(4),
     }
     coordinator = f"127.0.0.1:{free_port()}"
     processes = [

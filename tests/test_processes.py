@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from child_flags import cpu_devices
 from tiny import tiny_config, write_text
 
 from model.checkpoint import load
@@ -40,7 +41,7 @@ def start(config: Path, workdir: Path, *flags: str, devices: int = 8) -> subproc
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": cpu_devices(devices),
     }
     return subprocess.Popen(
         [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags],
@@ -164,7 +165,7 @@ def test_the_process_that_holds_the_others_up_is_named(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": cpu_devices(1),
     }
     processes = [
         subprocess.Popen(
