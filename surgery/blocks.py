@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from model import Context, ModelConfig, PositionEncoder, Runtime, hidden_states, norms
 from model import block as model_block
 from model.head import logits
-from surgery import calibration
+from surgery import calibration, experts
 from surgery.calibration import Stats
 from weights import dequantize, flatten, from_flat, matmul, nbytes, specs
 
@@ -85,7 +85,7 @@ def embed(outer: Params, tokens: Array, config: ModelConfig, runtime: Runtime) -
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def block(params: Params, hidden: Array, layer: ModelConfig, runtime: Runtime) -> Array:
     """One block of the resolved config `layer`, on whole windows `[batch, length, d_model]`."""
-    return _block(params, hidden, layer, runtime)
+    return _block(params, hidden, layer, runtime)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -110,7 +110,7 @@ def is_expert(path: str) -> bool:
 
 
 def sites(params: Params, layer: ModelConfig, runtime: Runtime) -> tuple[Site, ...]:
-    """The sites of a block, in order; experts, which read rows of their own, have none."""
+    """The sites of a block, in order, those of experts last."""
     hidden = jax.ShapeDtypeStruct((1, 2, layer.d_model), runtime.compute_dtype)
     single = Runtime(compute_dtype=runtime.compute_dtype)
     found: list[tuple[Site, ...]] = []
@@ -139,26 +139,21 @@ def accumulate(
     """
     out, noted = _tapped(params, hidden, layer, runtime)
     inputs = {site.name: x for site, x in noted}
-    return out if output else None, {
-        site.name: calibration.update_parts(stats[site.name], inputs[site.name], runtime.layout)
-        for site in wanted
-    }
 
+    def add(name: str) -> Stats:
+        x = inputs[name]
+        if isinstance(x, experts.Routed):
+            return experts.update_parts(stats[name], x)
+        return calibration.update_parts(stats[name], x, runtime.layout)
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def inputs(
-    params: Params, hidden: Array, layer: ModelConfig, runtime: Runtime
-) -> tuple[Array, dict[str, Array]]:
-    """One block, and what each of its sites reads, `{name: [batch, length, d_in]}`."""
-    out, noted = _tapped(params, hidden, layer, runtime)
-    return out, {site.name: x for site, x in noted}
+    return out if output else None, {site.name: add(site.name) for site in wanted}
 
 
 def _tapped(
     params: Params, hidden: Array, layer: ModelConfig, runtime: Runtime
-) -> tuple[Array, list[tuple[Site, Array]]]:
+) -> tuple[Array, list[tuple[Site, Any]]]:
     """One block, and its sites with what they read. Linears that are given the same tensor share
-    a site.
+    a site; experts' come last.
     """
     noted: list[tuple[list[str], Array]] = []
 
@@ -173,14 +168,28 @@ def _tapped(
     for path in linear_paths(params):
         if not is_expert(path):
             weights[path] = Tapped(weights[path], functools.partial(note, path))
-    out = _block(from_flat(weights), hidden, layer, runtime)
-    return out, [(Site(tuple(paths)), x) for paths, x in noted]
+    mixture = layer.feed_forward == "experts"
+    names = frozenset({experts.LOGITS} if mixture else ())
+    out, taps = _block(from_flat(weights), hidden, layer, runtime, names)
+    found = [(Site(tuple(paths)), x) for paths, x in noted]
+    if mixture:
+        x = next(x for paths, x in noted if experts.ROUTER in paths)
+        read = experts.inputs(weights, x.astype(out.dtype), taps[experts.LOGITS], layer)
+        found += [(Site(paths), x) for paths, x in read.items()]
+    return out, found
 
 
-def _block(params: Params, hidden: Array, layer: ModelConfig, runtime: Runtime) -> Array:
+def _block(
+    params: Params,
+    hidden: Array,
+    layer: ModelConfig,
+    runtime: Runtime,
+    names: frozenset[str] = frozenset(),
+) -> tuple[Array, dict[str, Array]]:
+    """One block, and the intermediates `names`."""
     batch, length, _ = hidden.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     encoder = PositionEncoder(layer, length).prepared(positions)
-    context = Context(positions, None, encoder, runtime)
-    out, _, _ = model_block(params, hidden, layer, context)
-    return out
+    context = Context(positions, None, encoder, runtime, taps=names)
+    out, _, aux = model_block(params, hidden, layer, context)
+    return out, aux.get("taps", {})

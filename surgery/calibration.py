@@ -7,6 +7,7 @@ rounding, and memory does not grow with the number of tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -69,11 +70,10 @@ class Stats:
         )
 
 
-def empty(width: int, parts: int | None = None) -> Stats:
-    """Statistics of no token; with `parts`, that many of them stacked, one for each device's
-    share of the batch.
+def empty(width: int, *lead: int) -> Stats:
+    """Statistics of no token; with `lead`, stacks of them: one for each device's share of the
+    batch, then for each expert.
     """
-    lead = () if parts is None else (parts,)
     shape = (*lead, width)
     return Stats(
         gram=jnp.zeros((*lead, width, width), jnp.float32),
@@ -149,15 +149,10 @@ def shardings(stats: Stats, layout: Layout | None) -> Stats:
         device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
         one = jax.sharding.SingleDeviceSharding(device)
         return jax.tree.map(lambda _: one, stats)
-    (batch,) = layout.spec(("batch",))
-    (panel,) = layout.spec(("d_ff",))
-    pieces = layout.size("d_ff")
-
-    def place(leaf: Array) -> NamedSharding:
-        divides = leaf.ndim == 3 and leaf.shape[-1] % pieces == 0
-        spec = PartitionSpec(batch, *(None,) * (leaf.ndim - 2), *([panel] * divides))
-        if leaf.ndim == 3 and not divides:
-            spec = PartitionSpec(batch)
-        return NamedSharding(layout.mesh, spec)
-
-    return jax.tree.map(place, stats)
+    (batch,), (panel,) = layout.spec(("batch",)), layout.spec(("d_ff",))
+    whole = NamedSharding(layout.mesh, PartitionSpec(batch))
+    between = (None,) * (stats.gram.ndim - 2)
+    divides = stats.gram.shape[-1] % layout.size("d_ff") == 0
+    panels = PartitionSpec(batch, *between, panel if divides else None)
+    places = jax.tree.map(lambda _: whole, stats)
+    return dataclasses.replace(places, gram=NamedSharding(layout.mesh, panels))

@@ -1,5 +1,7 @@
 """Calibration: statistics against NumPy, on one device and on a mesh; windows and their record."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from data import ByteTokenizer, open_source
 from model import ModelConfig, Runtime, init
 from sharding import MeshConfig, make_layout, make_mesh
-from surgery import blocks, calibration, consecutive, draw, windows
+from surgery import blocks, calibration, consecutive, draw, experts, windows
 
 CONFIG = ModelConfig(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=32)
 
@@ -73,7 +75,7 @@ def test_a_mesh_gathers_what_one_device_does():
     assert [site.name for site in sites] == [
         "attention/query+key+value",
         "attention/output",
-        "feed_forward/gate+up",
+        "feed_forward/up+gate",
         "feed_forward/down",
     ]
 
@@ -97,6 +99,49 @@ def test_a_mesh_gathers_what_one_device_does():
             calibration.finish(stats),
             calibration.finish(alone[name]),
         )
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_experts_see_the_tokens_that_the_router_sends_them(parts):
+    config = dataclasses.replace(
+        CONFIG, feed_forward="experts", num_experts=4, expert_d_ff=8, experts_per_token=2
+    )
+    stack = init(config, jax.random.key(0))["layers"]["000-001"]
+    params = jax.tree.map(lambda leaf: np.array(leaf[0]), stack)
+    params["attention"]["output"]["kernel"][:] = 0  # the mixture then reads the normed input
+    hidden = np.random.default_rng(0).normal(size=(4, 8, 16)).astype(np.float32)
+    sites = blocks.sites(params, config.layer(0), Runtime())[-2:]
+    stats = {
+        site.name: calibration.empty(width, parts, 4)
+        for site, width in zip(sites, (16, 8), strict=True)
+    }
+    _, stats = blocks.accumulate(params, hidden, stats, config.layer(0), Runtime(), sites, False)
+    outer, middle = (calibration.finish(stats[site.name]) for site in sites)
+
+    mixture = params["feed_forward"]
+    x = hidden.reshape(-1, 16).astype(np.float64)
+    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + config.norm_eps)
+    sent = np.argsort(-(x @ mixture["router"]["kernel"]), axis=1)[:, :2]
+    for expert in range(4):
+        mine = x[np.any(sent == expert, axis=1)]
+        gate, up = (mine @ mixture["experts"][name]["kernel"][expert] for name in ("gate", "up"))
+        inside = gate / (1 + np.exp(-gate)) * up
+        assert int(outer.count[expert]) == int(middle.count[expert]) == len(mine)
+        np.testing.assert_allclose(outer.gram[expert], mine.T @ mine, atol=1e-4)
+        np.testing.assert_allclose(middle.gram[expert], inside.T @ inside, rtol=1e-3, atol=1e-9)
+
+
+def test_an_expert_without_tokens_takes_what_all_have():
+    rng = np.random.default_rng(0)
+    x, other = rng.normal(size=(40, 4)), rng.normal(size=(1, 4))
+    own = [of(x.astype(np.float32)), of(other.astype(np.float32)), calibration.empty(4)]
+    found = experts.pooled(jax.tree.map(lambda *leaves: jnp.stack(leaves), *own))
+    np.testing.assert_allclose(found.gram[0], own[0].gram, rtol=1e-6)
+    both = np.concatenate([x, other])
+    last = jax.tree.map(lambda leaf: leaf[2], found)
+    np.testing.assert_allclose(last.hessian(), 2 * both.T @ both / 41, rtol=1e-4)
+    np.testing.assert_allclose(found.absmax[2], abs(both).max(0), rtol=1e-6)
+    np.testing.assert_allclose(experts.pooled_share(jnp.asarray([0, 1, 2, 9]), 8), [1, 0.5, 0, 0])
 
 
 def text(folder, documents):

@@ -56,6 +56,11 @@ class AWQ(Method):
         """Those of the unquantized model."""
         return "fp"
 
+    @property
+    def takes_experts(self) -> bool:
+        """No: the experts of a layer would have to agree on one scale."""
+        return False
+
     def check(self, path: str, shape: tuple[int, int]) -> None:
         """Groups must fill the matrix."""
         check_group(path, shape[0], self.group)

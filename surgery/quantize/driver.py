@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from model import Runtime, abstract, rules
 from sharding import partition
-from surgery import blocks, calibration
+from surgery import blocks, calibration, experts
 from surgery.blocks import Site
 from surgery.calibration import Stats
 from surgery.quantize.errors import errors
@@ -187,6 +187,9 @@ class _Run:
             w = self._by_columns(found[path].astype(jnp.float32))
             weight, notes = _linear(method, w, own, blocks.is_expert(path))
             notes = {**(report or {}).get(path, {}), **notes, **errors(w, weight, own)}
+            if own is not None and own.count.ndim:
+                notes["tokens"] = own.count
+                notes["pooled"] = experts.pooled_share(own.count, w.shape[-2])
             notes = {key: np.asarray(value).tolist() for key, value in notes.items()}
             seconds = round(time.monotonic() - began, 3)
             row = {"layer": layer, "path": path, "shape": list(w.shape), **notes}
@@ -209,9 +212,10 @@ class _Run:
         """
         config, weights = self.source.config.layer(layer), flatten(params)
         parts = self._parts()
-        stats = {
-            site.name: calibration.empty(weights[site.linears[0]].shape[0], parts) for site in sites
-        }
+        stats = {}
+        for site in sites:
+            *stack, width, _ = weights[site.linears[0]].shape
+            stats[site.name] = calibration.empty(width, parts, *stack)
         place = {
             name: calibration.shardings(one, self.runtime.layout) for name, one in stats.items()
         }
@@ -224,7 +228,8 @@ class _Run:
             )
             if after is not None:
                 out[rows] = np.asarray(after)
-        return {site: self._whole(calibration.finish(stats[site.name])) for site in sites}
+        found = {site: self._whole(calibration.finish(stats[site.name])) for site in sites}
+        return {site: experts.pooled(one) if one.count.ndim else one for site, one in found.items()}
 
     def _advance(self, layer: int, params: Params) -> None:
         """Write the hidden states after a block."""
@@ -319,11 +324,12 @@ def check_targets(source: Source, method: Method, options: Options) -> None:
             known.add(path)
             if not options.wants(path):
                 continue
-            if method.inputs != "none" and blocks.is_expert(path):
+            known_inputs = method.takes_experts and path.startswith(experts.FOLDER)
+            if method.inputs != "none" and blocks.is_expert(path) and not known_inputs:
                 raise ValueError(
-                    f"layers/{segment.name}/{path} holds experts, each of which reads rows of its "
-                    f"own; {type(method).__name__} would need them apart: leave the experts in 16 "
-                    f"bits with --keep='{KEEP}|experts/', or use a method without calibration"
+                    f"layers/{segment.name}/{path} holds experts, for which "
+                    f"{type(method).__name__} has no rule: leave them as they are with "
+                    f"--keep='{KEEP}|experts/', or use a method without calibration"
                 )
             rows, columns = stack[path].shape[-2:]
             method.at(path).check(f"layers/{segment.name}/{path}", (rows, columns))
@@ -351,7 +357,7 @@ def _linear(
 ) -> tuple[Any, dict[str, Array]]:
     """A method on one matrix, or on each of a stack of experts'."""
     if stacked:
-        return jax.lax.map(lambda one: method.linear(one, stats), w)
+        return jax.lax.map(lambda one: method.linear(*one), (w, stats))
     return method.linear(w, stats)
 
 

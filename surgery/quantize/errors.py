@@ -33,7 +33,7 @@ def _errors(w: Array, weight: Any, stats: Stats | None) -> dict[str, Array]:
     if stats is not None:
         lost, whole = _energy(delta, stats.gram), _energy(w, stats.gram)
         found["proxy_loss"] = lost / jnp.maximum(whole, 1e-30)
-        found["output_error"] = lost / (jnp.maximum(stats.count, 1) * w.shape[-1])
+        found["output_error"] = lost / (jnp.maximum(jnp.sum(stats.count), 1) * w.shape[-1])
     return found
 
 

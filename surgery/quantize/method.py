@@ -45,6 +45,11 @@ class Method(abc.ABC):
         """
         return "none"
 
+    @property
+    def takes_experts(self) -> bool:
+        """Whether it can quantize experts of a feed-forward, each by what it reads itself."""
+        return True
+
     @abc.abstractmethod
     def linear(self, w: Array, stats: Stats | None) -> tuple[Any, Report]:
         """The weight that replaces `w float32[K, N]`, and scalars for the report. Traced by

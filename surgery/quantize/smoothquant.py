@@ -39,6 +39,11 @@ class SmoothQuant(Method):
         """Those of the unquantized model."""
         return "fp"
 
+    @property
+    def takes_experts(self) -> bool:
+        """No: the experts of a layer would have to agree on one scale."""
+        return False
+
     def transform(self, block: Block, targets: frozenset[str]) -> tuple[Block, Report]:
         """The block with the tensors made by norms smoothed."""
         params, stats, report = block.params, dict(block.stats), {}
