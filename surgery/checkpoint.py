@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,7 +82,7 @@ def quantize_checkpoint(
         progress: called with (layers done, all layers, what is going on).
 
     Returns:
-        The summary that provenance holds too: mean bits, errors, perplexities, seconds.
+        The summary that provenance holds too: mean bits, errors, perplexities, seconds, memory.
 
     Raises:
         CheckpointError: the folders are not what they must be.
@@ -124,6 +126,7 @@ def quantize_checkpoint(
             after, held_out.tokens, runtime=_alone(runtime), work=work
         )
     summary["total_seconds"] = round(time.monotonic() - began, 1)
+    summary["peak_host_gigabytes"] = round(_peak_bytes() / 1e9, 3)
     files: dict[str, bytes | str] = {**source.files, ROWS: _lines(rows)}
     record: dict[str, Any] = {"summary": summary}
     if calibration is not None:
@@ -164,6 +167,12 @@ def _windows(source: Folder, method: Method, text: Text) -> tuple[Windows | None
             text.evaluate_windows,
         )
     return calibration, held_out
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has held, mapped files included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _alone(runtime: Runtime) -> Runtime:

@@ -100,6 +100,20 @@ def test_gptq_loses_less_than_rounding_in_every_layer():
     assert all(0 < row["proxy_loss"] < row["weight_error"] for row in rows)
 
 
+def test_gptq_in_float64_and_on_a_block_measured_once_comes_close():
+    model = InMemory(CONFIG, params_of())
+    _, rows = quantize(model, METHODS["gptq"](group=16), TOKENS)
+    for method, options in (
+        (METHODS["gptq"](group=16, precision="float64"), Options()),
+        (METHODS["gptq"](group=16), Options(order="all")),
+    ):
+        found, others = quantize(model, method, TOKENS, options=options)
+        assert [row["path"] for row in others] == [row["path"] for row in rows]
+        losses = [[row["proxy_loss"] for row in each] for each in (others, rows)]
+        assert np.mean(losses[0]) == pytest.approx(np.mean(losses[1]), rel=0.1)
+        assert all(leaf.dtype.itemsize <= 4 for leaf in jax.tree.leaves(found))
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(saved, tmp_path):
     class Killed(Exception):
         pass

@@ -185,7 +185,8 @@ class _Run:
             began = time.monotonic()
             method, own = self.method.at(path), stats.get(path)
             w = self._by_columns(found[path].astype(jnp.float32))
-            weight, notes = _linear(method, w, own, blocks.is_expert(path))
+            with jax.enable_x64(method.wide or jax.config.read("jax_enable_x64")):
+                weight, notes = _linear(method, w, own, blocks.is_expert(path))
             notes = {**(report or {}).get(path, {}), **notes, **errors(w, weight, own)}
             if own is not None and own.count.ndim:
                 notes["tokens"] = own.count

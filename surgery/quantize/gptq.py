@@ -21,6 +21,7 @@ from weights.permuted import Permuted
 
 Array = jax.Array
 STATISTICS = ("block", "live")
+PRECISIONS = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class GPTQ(Method):
     statistics: groups are fitted to weights as the earlier tiles of 128 rows left them ("block",
         the authors' code), or as all earlier rows did ("live").
     damping: share of the mean of the Hessian's diagonal that is added to it.
+    precision: of the factorization and of the errors handed on, "float32" or "float64".
     """
 
     bits: int = 4
@@ -47,17 +49,24 @@ class GPTQ(Method):
     static_groups: bool = True
     statistics: str = "block"
     damping: float = 0.01
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         Grid(self.bits)
         check_choice("fit", self.fit, FITS)
         check_choice("statistics", self.statistics, STATISTICS)
         check_range("damping", self.damping, 0.0, 10.0)
+        check_choice("precision", self.precision, PRECISIONS)
 
     @property
     def inputs(self) -> str:
         """Those that the already quantized layers give."""
         return "quantized"
+
+    @property
+    def wide(self) -> bool:
+        """With float64."""
+        return self.precision == "float64"
 
     def check(self, path: str, shape: tuple[int, int]) -> None:
         """Groups must fill the matrix."""
@@ -72,7 +81,7 @@ class GPTQ(Method):
     def linear(self, w: Array, stats: Stats | None) -> tuple[Any, Report]:
         """`Grouped` codes of `w [K, N]`; within `Permuted` with act_order and no static groups."""
         assert stats is not None
-        return self.solve(w, stats.hessian())
+        return self.solve(w.astype(self.precision), stats.hessian().astype(self.precision))
 
     def solve(self, w: Array, hessian: Array) -> tuple[Any, Report]:
         """The same, given `H [K, K]` up to a factor; computed in the dtype of both."""

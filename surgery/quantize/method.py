@@ -46,6 +46,11 @@ class Method(abc.ABC):
         return "none"
 
     @property
+    def wide(self) -> bool:
+        """Whether `linear` is to be traced with 64-bit types."""
+        return False
+
+    @property
     def takes_experts(self) -> bool:
         """Whether it can quantize experts of a feed-forward, each by what it reads itself."""
         return True
