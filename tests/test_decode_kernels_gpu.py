@@ -13,6 +13,7 @@ from gpu_aot import compile_and_fit, on_a_described_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.kernel_cases import decode as cases
@@ -24,7 +25,6 @@ from kernels_pallas.kv_quant import KiviPages
 from kernels_pallas.kv_quant import gpu as quantized_gpu
 from kernels_pallas.paged_attention import gpu as paged_gpu
 from kernels_pallas.paged_attention import paged_attention
-from kernels_pallas.shared_prefix import gpu as shared_gpu
 from kernels_pallas.target import Target
 
 QUERIES, GROUP, SLOTS, DIM = 2, 3, 192, 64
@@ -143,38 +143,42 @@ def on(name):
     return Target("gpu", GPUS[name].device_kind, None)
 
 
+def lowered(case, device_kind):
+    """The program of a case for a GPU that is known by its name only."""
+    unchecked = [export.DisabledSafetyCheck.custom_call(name) for name in (MOSAIC, TRITON)]
+    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="cuda")
+    mesh = AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=device)
+    run = jax.jit(lambda *arrays: case.function(*arrays))
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = export.export(run, platforms=["cuda"], disabled_checks=unchecked)(*case.shapes)
+    return exported.mlir_module()
+
+
+MOSAIC, TRITON = "mosaic_gpu_v2", "__gpu$xla.gpu.triton"
 LOWERED = {
-    # name: kernel, arrays, kernels in the program
-    "dense": (gpu.decode_attention, cases.decode("lm_infinite").shapes, {"window": 2048}, 1),
-    "paged": (paged_gpu.paged_attention, cases.paged("llama3_8b_mixed").shapes, {}, 2),
-    "shared": (
-        shared_gpu.shared_prefix_attention,
-        cases.prefix("llama3_8b_system_prompt").shapes,
-        {"max_query_length": 1},
-        3,
-    ),
+    # name: case, calls of kernels
+    "dense": (cases.decode("lm_infinite"), 1),
+    "unified": (cases.decode("llama3_8b", unified=True), 1),
+    "paged": (cases.paged("llama3_8b_mixed"), 2),
+    "shared": (cases.prefix("llama3_8b_system_prompt"), 3),
+    "8 bits": (cases.quantized("llama3_8b_8bit"), 1),
+    "4 bits": (cases.quantized("llama3_8b_4bit"), 1),
+    "2 bits": (cases.quantized("llama3_8b_2bit"), 1),
 }
 
 
-@pytest.mark.parametrize("name", LOWERED)
-def test_the_kernels_lower_for_cuda_without_a_gpu(name):
-    kernel, shapes, options, number = LOWERED[name]
-    run = jax.jit(
-        lambda *arrays: kernel(*arrays[:-1], layer=arrays[-1], target=on("h100"), **options)
-    )
-    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    exported = export.export(run, platforms=["cuda"], disabled_checks=unchecked)(*shapes)
-    assert exported.mlir_module().count("@mosaic_gpu_v2") == number
-
-
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("bits", [8, 4, 2])
-def test_the_kernel_of_quantized_pages_lowers_for_cuda_without_a_gpu(bits):
-    *shapes, _ = cases.quantized(f"llama3_8b_{bits}bit").shapes
-    run = jax.jit(functools.partial(quantized_gpu.quantized_attention, target=on("h100")))
-    unchecked = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    exported = export.export(run, platforms=["cuda"], disabled_checks=unchecked)(*shapes)
-    assert exported.mlir_module().count('name = "quantized_attention"') == 1
+@pytest.mark.parametrize("name", LOWERED)
+def test_the_kernels_are_chosen_and_lower_for_cuda_without_a_gpu(name):
+    case, number = LOWERED[name]
+    text = lowered(case, GPUS["h100"].device_kind)
+    assert text.count("@" + MOSAIC) + text.count("@" + TRITON) == number
+
+
+def test_another_gpu_runs_the_plain_function_and_one_warning_says_why():
+    with pytest.warns(UserWarning, match="plain function runs.*A100.*not a Hopper GPU"):
+        text = lowered(cases.decode("lm_infinite"), "NVIDIA A100-SXM4-40GB")
+    assert "@" + MOSAIC not in text
 
 
 @pytest.mark.parametrize(
