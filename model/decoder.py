@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from model import norms
 from model.block import block, dropout
-from model.caches.protocol import DecoderCache, StepMeta
+from model.caches.paged import PagedCache
+from model.caches.protocol import DecoderCache
 from model.config import ModelConfig, Segment
 from model.context import Context
 from model.head import logits
@@ -60,7 +61,7 @@ def hidden_states(
     positions: Array | None = None,
     segment_ids: Array | None = None,
     inputs_embeds: Array | None = None,
-    cache: DecoderCache | None = None,
+    cache: DecoderCache | PagedCache | None = None,
     until_layer: int | None = None,
     taps: Sequence[str] = (),
     rng: Array | None = None,
@@ -78,7 +79,8 @@ def hidden_states(
             side. None: one document a row.
         inputs_embeds: `[batch, length, d_model]` in place of embedded (and projected) tokens.
         cache: earlier keys and values; the new cache comes back as `aux["cache"]`. Tokens stand
-            after what it holds; each row is one document, and segment id 0 is padding.
+            after what it holds; each row is one document, and segment id 0 is padding. A paged one
+            takes a token a row, `[tokens, 1]`, of the sequences in its plan.
         until_layer: run only layers `0..until_layer-1`.
         taps: names of intermediates: "embeddings", "layers/3/hidden", "layers/3/query", …
         rng: key for dropout; None turns dropout off.
@@ -269,9 +271,12 @@ def _filled(x: Array, sizes: Sequence[int]) -> Array:
 
 
 def _step(
-    cache: DecoderCache, shape: tuple[int, ...], positions: Array | None, segment_ids: Array | None
-) -> StepMeta:
-    """Where new tokens stand in a cache, which counts positions itself."""
+    cache: DecoderCache | PagedCache,
+    shape: tuple[int, ...],
+    positions: Array | None,
+    segment_ids: Array | None,
+) -> Any:
+    """The cache's account of where new tokens stand, since it counts positions itself."""
     if positions is not None:
         raise ValueError("with a cache, positions follow from what it holds: leave positions=None")
     return cache.step(shape, segment_ids)
@@ -281,7 +286,7 @@ def _positions(
     shape: tuple[int, ...],
     positions: Array | None,
     segment_ids: Array | None,
-    meta: StepMeta | None,
+    meta: Any,
 ) -> Array:
     """`int32[batch, length]`: after what a cache holds, or as given, or counted in each
     document.
