@@ -9,6 +9,7 @@ from surgery.blocks import Site
 from surgery.calibration import Stats
 from surgery.checkpoint import Text, quantize_checkpoint
 from surgery.methods import METHODS
+from surgery.outliers import inject_outliers
 from surgery.quantize.driver import Options, quantize
 from surgery.quantize.method import Block, Method
 from surgery.report import perplexity, window_losses
@@ -32,6 +33,7 @@ __all__ = [
     "consecutive",
     "draw",
     "from_tokens",
+    "inject_outliers",
     "perplexity",
     "quantize",
     "quantize_checkpoint",

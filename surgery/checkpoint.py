@@ -11,7 +11,6 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from surgery import report, windows
 from surgery.quantize import driver
 from surgery.quantize.driver import Options, Progress
 from surgery.quantize.method import Method
-from surgery.source import Folder, InMemory, dense
+from surgery.source import Folder, InMemory, Source, dense
 from surgery.windows import Windows
 from surgery.work import Work
 
@@ -109,22 +108,13 @@ def quantize_checkpoint(
             "devices": 1 if runtime.layout is None else runtime.layout.mesh.size,
         },
     )
-    before = (
-        None
-        if held_out is None
-        else report.perplexity(source, held_out.tokens, runtime=_alone(runtime), work=work)
-    )
-    tokens = None if calibration is None else calibration.tokens
-    params, rows = driver.quantize(
-        source, method, tokens, options=options, runtime=runtime, work=work, progress=progress
-    )
-    summary: dict[str, Any] = report.summary(rows)
-    if held_out is not None:
-        after = InMemory(source.config, params)
-        summary["perplexity_before"] = before
-        summary["perplexity_after"] = report.perplexity(
-            after, held_out.tokens, runtime=_alone(runtime), work=work
+    try:
+        params, rows, summary = _quantized(
+            source, method, calibration, held_out, options, runtime, work, progress
         )
+    except ValueError:
+        work.remove()  # the same command would fail again
+        raise
     summary["total_seconds"] = round(time.monotonic() - began, 1)
     summary["peak_host_gigabytes"] = round(_peak_bytes() / 1e9, 3)
     files: dict[str, bytes | str] = {**source.files, ROWS: _lines(rows)}
@@ -136,6 +126,34 @@ def quantize_checkpoint(
     checkpoints.save(out, source.config, params, files, {**origin, **record})
     work.remove()
     return summary
+
+
+def _quantized(
+    source: Folder,
+    method: Method,
+    calibration: Windows | None,
+    held_out: Windows | None,
+    options: Options,
+    runtime: Runtime,
+    work: Work,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The new params, the report's rows, and their summary with perplexities on held-out text."""
+    alone = dataclasses.replace(runtime, layout=None)
+
+    def measure(model: Source, name: str) -> dict[str, float]:
+        if held_out is None:
+            return {}
+        found = report.perplexity(model, held_out.tokens, runtime=alone, work=work)
+        return {f"perplexity_{name}": found}
+
+    before = measure(source, "before")
+    tokens = None if calibration is None else calibration.tokens
+    params, rows = driver.quantize(
+        source, method, tokens, options=options, runtime=runtime, work=work, progress=progress
+    )
+    after = measure(InMemory(source.config, params), "after")
+    return params, rows, {**report.summary(rows), **before, **after}
 
 
 def _windows(source: Folder, method: Method, text: Text) -> tuple[Windows | None, Windows | None]:
@@ -175,10 +193,5 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _alone(runtime: Runtime) -> Runtime:
-    """The same on one device."""
-    return dataclasses.replace(runtime, layout=None)
-
-
-def _lines(rows: list[Mapping[str, Any]] | list[dict[str, Any]]) -> str:
+def _lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -74,7 +74,8 @@ class Work:
         self._state["done"] = layer + 1
         if self._folder is not None:
             for array in self._arrays.values():
-                array.flush()  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(array, np.memmap):
+                    array.flush()
             write_json(self._folder / ROWS, self._rows)
             write_json(self._folder / STATE, self._state)
 

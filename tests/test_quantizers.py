@@ -11,7 +11,7 @@ import pytest
 from quantization_fixtures import fixture_m
 
 from model import ModelConfig, forward, init
-from surgery import InMemory, blocks, calibration, quantize
+from surgery import InMemory, blocks, calibration, inject_outliers, quantize
 from surgery.quantize import awq, transforms
 from surgery.quantize.awq import AWQ
 from surgery.quantize.finequant import FineQuant, choose_group, mean_ranges
@@ -175,24 +175,11 @@ def test_smoothing_moves_everything_to_one_side_at_the_ends():
     np.testing.assert_allclose(smoothing(absmax, [w[:, :1], w[:, 1:]], 0.5)[:2], [4.0, 0.5])
 
 
-def inject_outliers(params, c=60.0):
-    """The same function with 4 outlier channels in what each norm makes."""
-    layer = dict(flatten(params["layers"]["000-001"]))
-    gain = np.ones(32, np.float32)
-    gain[[1, 7, 12, 30]] = c
-    for norm, readers in (
-        ("attention_norm", ("attention/query", "attention/key", "attention/value")),
-        ("feed_forward_norm", ("feed_forward/gate", "feed_forward/up")),
-    ):
-        layer[f"{norm}/scale"] = layer[f"{norm}/scale"] * gain
-        for name in readers:
-            layer[f"{name}/kernel"] = layer[f"{name}/kernel"] / gain[:, None]
-    return {**params, "layers": {"000-001": from_flat(layer)}}
-
-
 def test_models_with_outliers_need_what_handles_them():
-    params = inject_outliers(init(LLAMA, jax.random.key(0)))
+    plain_params = init(LLAMA, jax.random.key(0))
+    params = inject_outliers(LLAMA, plain_params, channels=4, factor=60.0)
     exact = np.asarray(forward(params, TOKENS, LLAMA)[0])
+    np.testing.assert_allclose(exact, forward(plain_params, TOKENS, LLAMA)[0], atol=1e-5)
 
     def off(method):
         found, rows = quantize(InMemory(LLAMA, params), method, TOKENS)

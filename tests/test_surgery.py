@@ -264,6 +264,10 @@ def test_quantized_unfinished_and_sick_models_are_refused(saved, tmp_path):
         ValueError, match="layer 1 feed_forward/up/kernel holds 1 values that are not finite"
     ):
         quantize(InMemory(CONFIG, sick), rtn)
+    folder = checkpoint.save(tmp_path / "sick", CONFIG, sick, ByteTokenizer().files())
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_checkpoint(folder, tmp_path / "cured", "rtn", rtn)
+    assert not list(tmp_path.glob("cured*"))
 
 
 def test_unequal_layers_name_the_first_that_differs():
