@@ -63,9 +63,11 @@ def _difference(first: Any, other: Any, name: str = "") -> str:
     if type(first) is not type(other) and (is_format(first) or is_format(other)):
         return f"{label}is {type(other).__name__}, not {type(first).__name__}"
     if dataclasses.is_dataclass(first) and type(first) is type(other):
-        for field in dataclasses.fields(first):
-            pair = (getattr(first, field.name), getattr(other, field.name))
-            if found := _difference(*pair, field.name if not name else f"{name}.{field.name}"):
+        names = [field.name for field in dataclasses.fields(first)]
+        names.sort(key=lambda field: _holds_arrays(getattr(first, field)))
+        for field in names:  # static fields first: shapes of arrays follow from them
+            pair = (getattr(first, field), getattr(other, field))
+            if found := _difference(*pair, field if not name else f"{name}.{field}"):
                 return found
         return ""
     if isinstance(first, tuple) and isinstance(other, tuple) and len(first) == len(other):
@@ -75,6 +77,10 @@ def _difference(first: Any, other: Any, name: str = "") -> str:
         same = first.shape == other.shape and first.dtype == other.dtype
         return "" if same else f"{label}is {_show(other)}, not {_show(first)}"
     return "" if first is other or first == other else f"{label}{other!r}, not {first!r}"
+
+
+def _holds_arrays(value: Any) -> bool:
+    return isinstance(value, jax.Array) or dataclasses.is_dataclass(value)
 
 
 def _show(array: Any) -> str:
