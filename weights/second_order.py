@@ -161,7 +161,7 @@ def dynamic_map() -> np.ndarray:
     """The 256 values of the signed 8-bit dynamic data type, `float32`, sorted (arXiv 2110.02861, as
     in bitsandbytes, to the bit): for each of 7 decades, twice as many values as for the one below.
     """
-    found = [np.float32([0.0, 1.0])]
+    found = [np.asarray([0.0, 1.0], np.float32)]
     for i in range(7):
         edges = _linspace(2**i)
         values = (edges[1:] + edges[:-1]) / np.float32(2) * np.float32(10.0 ** (i - 6))
