@@ -67,7 +67,7 @@ def test_scales_that_are_folded_leave_the_logits_as_they_were(name):
     for site in blocks.sites(layer, resolved, blocks.Runtime()):
         fold = transforms.fold_of(layer, resolved, site)
         if fold is not None:
-            width = flatten(layer)[site.linears[0]].shape[0]
+            width = flatten(layer)[site.linears[0]].shape[-2]
             s = jnp.asarray(np.exp(rng.normal(size=width)), jnp.float32)
             layer = transforms.scale(layer, fold, transforms.shared_scale(fold, s))
             folded.append(site.linears[0])
