@@ -8,7 +8,10 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("kernels_pallas", "weights", "sharding", "model", "data", "training", "configs")
+ROOMS = (
+    *("kernels_pallas", "weights", "sharding", "model", "data"),
+    *("training", "surgery", "serving", "configs"),
+)
 
 
 def project() -> dict:
