@@ -33,6 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import quantization_cases as catalogue
 from benchmarks import quantization_measure as measure
+from benchmarks import quantization_plot as plot
 from benchmarks import quantization_report as report
 from benchmarks.quantization_cases import Case
 from data import Tokenizer, load_tokenizer, open_source
@@ -68,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         status = 130
     print(sweep.in_words())
     report.show(rows, options.markdown)
-    if options.plot and any(row["method"] != "none" for row in rows):
-        print(report.draw(rows, options.plot, sweep.in_words()))
+    if options.plot and plot.drawable(rows):
+        print(plot.draw(rows, options.plot, sweep.in_words()))
     return status or int(any(row["state"] == "failed" for row in rows))
 
 
@@ -93,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--decode-tokens", type=int, default=64, help="0: no timing")
     add("--rounds", type=int, default=5, help="of the timing")
     add("--out", type=Path, metavar="FILE", help="a line of JSON a row, as it comes")
-    add("--plot", type=drawable, metavar="FILE", help="svg, png or pdf")
+    add("--plot", type=picture, metavar="FILE", help="svg, png or pdf")
     add("--markdown", action="store_true")
     options = parser.parse_args(arguments)
     for name, least in (("windows", 1), ("held_out_windows", 1), ("rounds", 1)):
@@ -137,7 +138,7 @@ def planted(text: str) -> tuple[int, float]:
     return found
 
 
-def drawable(text: str) -> Path:
+def picture(text: str) -> Path:
     """A file that a plot can be written to."""
     path = Path(text)
     if path.suffix not in (".svg", ".png", ".pdf"):

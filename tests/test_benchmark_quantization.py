@@ -10,7 +10,7 @@ import pytest
 from benchmarks import quantization
 from benchmarks.quantization_cases import VARIANTS, Variant, cases, chosen, variants
 from benchmarks.quantization_measure import bootstrap_error
-from benchmarks.quantization_report import frontier
+from benchmarks.quantization_plot import Point, frontier, means
 from data import ByteTokenizer, open_source
 from model import ModelConfig, checkpoint, forward, init
 from surgery import METHODS, InMemory, consecutive, quantize
@@ -90,6 +90,7 @@ def test_figures_are_those_of_the_models_and_finished_rows_are_kept(command, tmp
     assert [line.split("|")[1].strip() for line in table[2:]] == [row["name"] for row in rows]
 
 
+@pytest.mark.slow
 def test_planted_outliers_hurt_coded_activations_and_not_the_model(command, tmp_path):
     one = [*command, "--methods=int8_plain", "--bits=8", "--decode-tokens=0"]
     assert quantization.main(one) == 0
@@ -141,8 +142,14 @@ def test_errors_are_of_paired_windows_and_lines_leave_out_what_is_beaten():
     expected = differences.std() / np.sqrt(400)
     assert bootstrap_error(differences) == pytest.approx(expected, rel=0.06)
     assert bootstrap_error(np.full(5, 0.3)) == pytest.approx(0)
-    rows = [
-        {"honest_bits": bits, "delta_nll": delta}
-        for bits, delta in ((4.5, 0.1), (4.0, 0.3), (4.2, 0.4), (8.0, 0.1), (2.0, "inf"))
-    ]
-    assert [row["honest_bits"] for row in frontier(rows)] == [2.0, 4.0, 4.5]
+    pairs = ((4.5, 0.1), (4.0, 0.3), (4.2, 0.4), (8.0, 0.1), (2.0, float("inf")))
+    line = frontier([Point(bits, delta, 0.0) for bits, delta in pairs])
+    assert [point.bits for point in line] == [2.0, 4.0, 4.5]
+
+
+def test_a_line_is_along_means_of_seeds_and_not_along_the_luckiest():
+    same = {"bits": 3, "group": 64, "honest_bits": 3.25, "delta_error": 0.01}
+    rows = [{**same, "seed": seed, "delta_nll": delta} for seed, delta in ((0, 0.1), (1, 0.3))]
+    rows.append({**same, "group": 0, "honest_bits": 3.0, "delta_nll": 0.4})
+    found = frontier(means(rows))
+    assert [point.delta for point in found] == pytest.approx([0.4, 0.2])
