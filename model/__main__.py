@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from sharding.mesh import MeshConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("gptq", "awq", "bitsandbytes")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", required=True, help="the checkpoint folder to write")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the arrays; else as the files hold them"
+        "--dtype", choices=DTYPES, help="of the dense arrays; else as the files hold them"
     )
     _reading_arguments(parser)
     _mesh_arguments(parser)
@@ -76,7 +77,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint or run folder")
     parser.add_argument("--to", required=True, help="the folder to write")
     parser.add_argument("--family", help="write it as this family; else as it was imported")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors; else as they are")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the dense tensors; else as they are")
+    parser.add_argument(
+        "--quantized",
+        choices=LAYOUTS,
+        help="write weight formats as they are, in this layout; else all is dense",
+    )
     parser.add_argument(
         "--max-shard-bytes", type=float, default=5e9, help="the largest weight file (5e9)"
     )
@@ -143,6 +149,7 @@ def _export(known: argparse.Namespace) -> None:
             dtype=known.dtype,
             layout=_layout(known),
             max_shard_bytes=int(known.max_shard_bytes),
+            quantized=known.quantized,
             progress=progress,
         )
     print(f"{folder}: written in {time.monotonic() - began:.1f} s")
@@ -151,24 +158,29 @@ def _export(known: argparse.Namespace) -> None:
 def _check(known: argparse.Namespace) -> None:
     """Print what a folder is; a fault in its config or tensors is an error."""
     from model.config import ModelConfig
+    from model.families.checks import check_files
     from model.families.family import config_from_hf
     from model.families.hub import resolve
     from model.families.importer import read_config
-    from model.families.plan import stored_names
+    from model.families.quantized import split_config
     from model.families.reader import open_weights
     from model.families.registry import find
     from model.parameters import count_parameters
 
     folder = resolve(known.source, allow_pickle=known.allow_pickle)
-    values = read_config(folder)
+    ignore = tuple(filter(None, known.ignore_keys.split(",")))
+    values, quantized = split_config(read_config(folder), ignore)
     family = find(values, str(folder))
-    config = config_from_hf(family, values, filter(None, known.ignore_keys.split(",")))
+    config = config_from_hf(family, values, ignore)
     with open_weights(folder, allow_pickle=known.allow_pickle) as files:
-        names = stored_names(family, config, files.tensors, str(folder))
-        stored = sorted({str(files.tensors[name].dtype) for name in names.values()})
+        names, coded = check_files(files, family, config, quantized)
+        layers = {f"{module.name}.weight" for found in coded.values() for module in found}
+        dense = [name for name in names.values() if name not in layers]
+        stored = sorted({str(files.tensors[name].dtype) for name in dense})
+    codes = "" if quantized is None else f", {len(layers)} of them in codes of {quantized.layout}"
     print(
         f"{folder}: {family.name}, {count_parameters(config):,} parameters in {len(names)} tensors "
-        f"({', '.join(stored)}); every tensor has its place"
+        f"({', '.join(stored)}{codes}); every tensor has its place"
     )
     plain = ModelConfig()
     for field in dataclasses.fields(ModelConfig):

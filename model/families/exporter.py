@@ -30,6 +30,15 @@ from model.families.plan import (
     their_order,
     their_shapes,
 )
+from model.families.quantized import KEY
+from model.families.quantized_export import (
+    Entry,
+    check_method,
+    is_quantized,
+    joined,
+    left_out,
+    plan,
+)
 from model.families.registry import FAMILIES, by_config
 from model.families.tensors import copy_turned
 from model.families.writer import write_order, write_weights
@@ -51,6 +60,7 @@ def export_checkpoint(
     dtype: Any = None,
     layout: Layout | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    quantized: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write a model as a folder that transformers, vLLM and the like load.
@@ -60,24 +70,31 @@ def export_checkpoint(
         to: the folder to write; it must not hold weights already.
         family: the family to write it as; None is the one it was imported from, or else the first
             that can say its config.
-        dtype: of the tensors; None keeps the arrays'. Weight formats are written dense, in float32
-            unless a dtype is given.
+        dtype: of the dense tensors; None keeps the arrays'. Weight formats that are written dense
+            are in float32 unless a dtype is given.
         layout: where the arrays are while they are written, with a folder.
         max_shard_bytes: the largest weight file.
+        quantized: gptq, awq or bitsandbytes: write weight formats as they are, in this layout.
         progress: called after each tensor.
 
-    Raises `FamilyError` naming the fields that the family cannot say, `WeightFilesError` if the
-    folder holds weights.
+    Raises `FamilyError` naming the fields that the family cannot say, or the layers that the layout
+    cannot; `WeightFilesError` if the folder holds weights.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint, layout=layout)
     base = (
         json.loads(checkpoint.files["config.json"]) if "config.json" in checkpoint.files else None
     )
+    if quantized is not None:
+        check_method(quantized)
     chosen, values = describe_as(checkpoint.config, family, base)
-    tensors = list(_tensors(chosen, checkpoint.config, checkpoint.params, dtype))
-    values = {**special_ids(checkpoint.files), **values, "torch_dtype": _common_dtype(tensors)}
+    tensors, kind, settings = _tensors(
+        chosen, checkpoint.config, checkpoint.params, dtype, quantized
+    )
+    values = {**special_ids(checkpoint.files), **values, "torch_dtype": kind}
     values.pop("dtype", None)
+    values.pop(KEY, None)
+    values.update({} if settings is None else {KEY: settings})
     folder = Path(to).absolute()
     if jax.process_index() != 0:
         makers = {name: make for name, _, _, make in tensors}
@@ -120,27 +137,56 @@ def describe_as(
     raise FamilyError("no family can say this model; " + "; ".join(reasons))
 
 
-Entry = tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]
-
-
-def _tensors(family: Family, config: ModelConfig, params: Any, dtype: Any) -> Iterator[Entry]:
-    """Name, shape, dtype and value (made when asked for) of each tensor, layer by layer."""
+def _tensors(
+    family: Family, config: ModelConfig, params: Any, dtype: Any, quantized: str | None
+) -> tuple[list[Entry], str, dict[str, Any] | None]:
+    """The tensors, layer by layer, each with its name, shape, dtype and value (made when asked
+    for); the dtype of most dense ones; the `quantization_config` if some are in codes.
+    """
     arrays = flatten(params)
-    makers: dict[str, tuple[Any, Callable[[], np.ndarray]]] = {}
+    shapes = their_shapes(family, config)
+    dense: dict[str, Entry] = {}
+    layers: dict[str, Callable[[], Any]] = {}
     by_tensor: dict[Any, list[Source]] = {}
     for source in sources(family, config):
         by_tensor.setdefault((source.tensor.theirs, source.segment), []).append(source)
     for parts in by_tensor.values():
         held = [arrays[part.path] for part in parts]
+        if quantized is not None and is_quantized(parts, held, names(parts[0])[0]):
+            for index, name in enumerate(names(parts[0])):
+                layers[name] = functools.partial(_layer, parts, held, index, name)
+            continue
         kind = jnp.dtype(dtype or functools.reduce(jnp.promote_types, map(_dtype, held)))
         for index, name in enumerate(names(parts[0])):
-            makers[name] = (kind, functools.partial(_value, parts, held, index, kind))
-    for name, shape in their_shapes(family, config).items():
-        yield name, shape, *makers[name]
+            make = functools.partial(_value, parts, held, index, kind)
+            dense[name] = (name, shapes[name], kind, make)
+    common, settings, coded = _common_dtype(list(dense.values())), None, {}
+    if quantized is not None:
+        coded, settings = plan(quantized, layers, common)
+        parts = [parts[0] for parts in by_tensor.values()]
+        settings = left_out(quantized, settings, parts, layers, _name(family, "head/kernel"))
+    tensors = [entry for name in shapes for entry in coded.get(name) or [dense[name]]]
     if config.tied_embeddings and family.stores_tied_head:
-        head = next(t.theirs for t in family.tensors if t.ours == ("head/kernel",))
-        table = next(t.theirs for t in family.tensors if t.ours == ("embed/table",))
-        yield head, their_shapes(family, config)[table], *makers[table]
+        head, table = _name(family, "head/kernel"), _name(family, "embed/table")
+        assert head is not None
+        assert table is not None
+        tensors.append((head, *dense[table][1:]))
+    return tensors, common, settings
+
+
+def _name(family: Family, path: str) -> str | None:
+    """Their tensor that is one array of ours, outside the layers; None if the family has none."""
+    return next((t.theirs for t in family.tensors if t.ours == (path,)), None)
+
+
+def _layer(parts: list[Source], held: list[Any], index: int, name: str) -> Any:
+    """The weight format of one quantized layer of theirs, on the host."""
+    at = () if parts[0].segment is None else (index,)
+    return joined(
+        parts,
+        [jax.tree.map(lambda leaf: _host(leaf, at, None, leaf.dtype), one) for one in held],
+        name,
+    )
 
 
 def _value(parts: list[Source], held: list[Any], index: int, dtype: Any) -> np.ndarray:
@@ -170,6 +216,11 @@ def _gather(source: Source, array: Any, index: int, dtype: Any) -> np.ndarray:
     if source.experts is not None:
         at = (*at, expert)
     heads = (source.experts, *source.shape) if source.tensor.by_head else None
+    return _host(array, at, heads, dtype)
+
+
+def _host(array: Any, at: tuple[int, ...], heads: Any, dtype: Any) -> np.ndarray:
+    """`array[at]` on the host, from wherever its pieces are."""
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) and jax.default_backend() == "cpu":
         return _pick(np.asarray(array), at, heads).astype(dtype, copy=False)

@@ -24,18 +24,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from model.checkpoint import Checkpoint, save
 from model.config import ModelConfig
+from model.families.checks import check_files, names_in_files
 from model.families.family import Family, config_from_hf
 from model.families.hub import resolve
 from model.families.keys import FamilyError
-from model.families.plan import (
-    Source,
-    names,
-    output_axis,
-    sources,
-    stored_names,
-    their_order,
-    tied_head,
-)
+from model.families.plan import Source, output_axis, sources, their_order
+from model.families.quantized import Settings, read_layers, split_config
 from model.families.reader import WeightFiles, open_weights
 from model.families.registry import find
 from model.families.tensors import Tensor, copy_turned
@@ -86,7 +80,7 @@ def import_checkpoint(
     Args:
         source: a folder, or `hub:owner/name` with an optional `@revision`.
         to: the checkpoint folder to write, which must not exist.
-        dtype: of the arrays; None keeps what the files hold.
+        dtype: of the dense arrays; None keeps what the files hold.
         layout: where the arrays go; None is the first device.
         allow_pickle: also read `pytorch_model.bin`, with a loader that runs no code.
         ignore_keys: keys of `config.json` that are known not to change numbers.
@@ -96,12 +90,15 @@ def import_checkpoint(
     `WeightFilesError` for files that cannot be read.
     """
     folder = resolve(str(source), allow_pickle=allow_pickle)
-    values = read_config(folder)
-    family, ignore_keys = find(values, str(folder)), tuple(ignore_keys)
+    ignore_keys = tuple(ignore_keys)
+    values, quantized = split_config(read_config(folder), ignore_keys)
+    family = find(values, str(folder))
     config = config_from_hf(family, values, ignore_keys)
     with open_weights(folder, allow_pickle=allow_pickle) as files:
-        params = read_params(files, family, config, dtype, layout, progress)
+        params = read_params(files, family, config, dtype, layout, progress, quantized)
     provenance: dict[str, Any] = {"method": "import", "family": family.name, "source": str(source)}
+    if quantized is not None:
+        provenance["quantized"] = {"method": quantized.method, **quantized.values}
     if ignore_keys:
         provenance["ignored_keys"] = list(ignore_keys)
     found = Checkpoint(config, params, carried_files(folder), provenance, folder)
@@ -139,19 +136,24 @@ def read_params(
     dtype: Any = None,
     layout: Layout | None = None,
     progress: Progress | None = None,
+    quantized: Settings | None = None,
 ) -> dict[str, Any]:
     """The params tree of a model from its open files.
 
-    Raises `FamilyError` before anything is read if names or shapes are not those of the config.
+    Layers that are `quantized` become weight formats; `dtype` casts the others. Raises
+    `FamilyError` before anything is read if names or shapes are not those of the config.
     """
-    stored = stored_names(family, config, files.tensors, str(files.folder))
-    _check_tied(files, family, config, stored)
+    stored, layers = check_files(files, family, config, quantized)
     plan = sources(family, config)
     wanted = {}
     for source in plan:
-        kinds = [jnp.dtype(files.tensors[stored[name]].dtype) for name in names(source)]
-        kind = jnp.dtype(dtype) if dtype is not None else functools.reduce(jnp.promote_types, kinds)
-        wanted[source.path] = jax.ShapeDtypeStruct(_stacked_shape(source), kind)
+        kind = dtype
+        if source.path in layers:
+            kind = jnp.float32  # stands in until the format is there
+        elif dtype is None:
+            found = [files.tensors[name].dtype for name in names_in_files(source, stored)]
+            kind = functools.reduce(jnp.promote_types, found)
+        wanted[source.path] = jax.ShapeDtypeStruct(_stacked_shape(source), jnp.dtype(kind))
     shardings = _shardings(wanted, config, layout)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
     arrays, done = {}, 0
@@ -160,12 +162,38 @@ def read_params(
             leaf = wanted[source.path]
             read = functools.partial(_read, files, stored, pool, source)
             size = leaf.size * leaf.dtype.itemsize
-            for array, share in _fill(source, leaf, shardings[source.path], read):
+            if quantized is not None and source.path in layers:
+                weight = read_layers(files, quantized, source, layers[source.path])
+                pieces = [(_place_format(source.path, weight, wanted, config, layout), 1.0)]
+            else:
+                pieces = _fill(source, leaf, shardings[source.path], read)
+            for array, share in pieces:
                 arrays[source.path] = array
                 if progress is not None:
                     progress(done + int(size * share), total, source.path)
             done += size
     return from_flat(arrays)
+
+
+def _place_format(
+    path: str,
+    weight: Any,
+    wanted: dict[str, jax.ShapeDtypeStruct],
+    config: ModelConfig,
+    layout: Layout | None,
+) -> Any:
+    """A weight format from the host's memory onto its devices."""
+    if layout is None:
+        return jax.device_put(weight, jax.local_devices()[0])
+    shardings = partition(from_flat({**wanted, path: weight}), rules(config), layout)
+    for key in path.split("/"):
+        shardings = shardings[key]
+
+    def place(leaf: Any, sharding: Sharding) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, weight, shardings)
 
 
 def _fill(
@@ -324,22 +352,3 @@ def _expert_shards(sharding: Sharding, source: Source) -> int:
 def _stacked_shape(source: Source) -> tuple[int, ...]:
     layers = () if source.segment is None else (len(source.segment),)
     return (*layers, *source.whole)
-
-
-def _check_tied(
-    files: WeightFiles, family: Family, config: ModelConfig, stored: dict[str, str]
-) -> None:
-    """A stored head of a tied model must be the embedding itself."""
-    head = tied_head(family, config, files.tensors)
-    if head is None:
-        return
-    table = next(t.theirs for t in family.tensors if t.ours == ("embed/table",))
-    rows = files.tensors[head].shape[0]
-    step = max(1, (64 << 20) // max(1, 4 * files.tensors[head].shape[1]))
-    for start in range(0, rows, step):
-        part = (slice(start, min(rows, start + step)), slice(None))
-        if files.read(head, part).tobytes() != files.read(stored[table], part).tobytes():
-            raise FamilyError(
-                f"{files.tensors[head].file}: {head} differs from {stored[table]} near row {start} "
-                "though tie_word_embeddings is true; set it to false in config.json to keep both"
-            )

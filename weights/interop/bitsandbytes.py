@@ -160,7 +160,7 @@ def _read8(arrays: Mapping[str, np.ndarray]) -> Int8:
 def _write8(weight: Int8) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays = {
         "weight": np.ascontiguousarray(np.asarray(weight.q).T),
-        "SCB": np.asarray(weight.scale, np.float32) * np.float32(127),
+        "SCB": _largest(np.asarray(weight.scale, np.float32)),
         "weight_format": np.zeros((), np.uint8),
     }
     config = {
@@ -170,3 +170,17 @@ def _write8(weight: Int8) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "llm_int8_threshold": 6.0,
     }
     return arrays, config
+
+
+def _largest(scale: np.ndarray) -> np.ndarray:
+    """The largest value of each output, which read again gives this scale to the bit where one
+    does, as for those of float16 weights, which are what bitsandbytes codes.
+    """
+    product = scale * np.float32(127)
+    with np.errstate(over="ignore"):
+        half = product.astype(np.float16).astype(np.float32)
+    ends = [np.nextafter(product, np.float32(limit)) for limit in (np.inf, 0)]
+    found = product
+    for candidate in (*ends, product, half):
+        found = np.where(candidate / np.float32(127) == scale, candidate, found)
+    return found
