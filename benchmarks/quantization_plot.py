@@ -60,8 +60,8 @@ def draw(rows: Sequence[Row], out: Path, title: str = "") -> Path:
         _points(above, below, base, [point(row) for row in own], {**look, "alpha": 0.35})
         style = STYLES[index // len(COLOURS) % len(STYLES)]
         _line(above, below, base, frontier(means(own)), {**look, "label": name, "linestyle": style})
-    least = min(point(row).delta - point(row).error for row in found)
-    _axes(above, below, base, least)
+    ends = [point(row).held + sign * point(row).error for row in found for sign in (-1, 1)]
+    _axes(above, below, base, ends)
     above.set_title(title)
     figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", title="method")
     figure.savefig(out, dpi=150)
@@ -112,7 +112,7 @@ def _line(above: Any, below: Any, base: float, points: list[Point], look: Any) -
     below.plot(bits, held, **look)
 
 
-def _axes(above: Any, below: Any, base: float, least: float) -> None:
+def _axes(above: Any, below: Any, base: float, ends: list[float]) -> None:
     from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
     above.set_yscale("log")
@@ -126,7 +126,7 @@ def _axes(above: Any, below: Any, base: float, least: float) -> None:
     place = {"transform": above.get_yaxis_transform(), "ha": "center", "va": "top"}
     above.text(0.75, math.exp(base), "unquantized", color="0.3", fontsize=8, **place)
     below.set_yscale("symlog", linthresh=STEP)
-    below.set_ylim(min(-STEP, 1.2 * least), 1.5 * WORST)
+    below.set_ylim(min(-STEP, 1.2 * min(ends)), max(STEP, 1.5 * max(ends)))
     below.set_ylabel("ΔNLL to the unquantized model, nats a token")
     below.axhline(0, color="0.4", linewidth=1)
     below.set_xscale("log")

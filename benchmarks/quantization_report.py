@@ -31,7 +31,7 @@ def show(rows: Sequence[Row], markdown: bool) -> None:
     cells = [cells_of(row) for row in rows]
     print_cells(cells, markdown)
     for reason, names in reasons(rows).items():
-        print(f"\n{', '.join(names)}: {reason}")
+        print(f"\n{'; '.join(names)}: {reason}")
 
 
 def print_cells(cells: Sequence[tuple[str, ...]], markdown: bool) -> None:
