@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 VENV ?= .venv
+# One more than the two cores of a small machine: tests wait for child processes and the disk.
+WORKERS ?= 3
 RUN = $(VENV)/bin/python
 
 .PHONY: quickstart test lint clean
@@ -10,7 +12,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) train.py --config=configs/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -n 2 --dist=worksteal -m "not gpu" $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff format --check .
