@@ -51,6 +51,9 @@ class Device:
     def cell(self, sequence, position):
         return sequence.pages[position // self.page_size], position % self.page_size
 
+    def owner(self, sequence):
+        return sequence.request.adapter, sequence.request.params.cache_salt
+
     def run(self, plan):
         slots = [sequence.slot for sequence in plan.sequences]
         assert len(set(slots)) == len(slots)
@@ -60,13 +63,14 @@ class Device:
             assert len(tokens) == s.stop - s.start > 0
             for position, token in zip(range(s.start, s.stop), tokens, strict=True):
                 written.append(self.cell(s, position))
-                self.cells[written[-1]] = (position, token)
+                self.cells[written[-1]] = (position, token, *self.owner(s))
         assert len(set(written)) == len(written), "two sequences write one cell"
         sampled = []
         for s in plan.sampling:
             read = [self.cells[self.cell(s, position)] for position in range(s.stop)]
-            assert [position for position, _ in read] == list(range(s.stop))
-            sampled.append(next_token([token for _, token in read], s.request.params.seed))
+            assert [position for position, *_ in read] == list(range(s.stop))
+            assert {tuple(owner) for _, _, *owner in read} == {self.owner(s)}
+            sampled.append(next_token([token for _, token, *_ in read], s.request.params.seed))
             self.last[s.slot] = sampled[-1]
         return sampled
 
@@ -80,7 +84,10 @@ def serve(scheduler, arrivals, ahead=0, events=None, device=None, most_steps=300
             scheduler.add(arrivals.popleft()[1])
         if events:
             events(step)
+        before = list(scheduler.running)
         plan = scheduler.schedule()
+        if plan.preempted:  # Nobody is let in while others lose their pages.
+            assert all(sequence.request in before for sequence in plan.sequences)
         assert plan.num_tokens <= scheduler.config.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.config.max_num_seqs
         if plan.sequences:
@@ -181,6 +188,28 @@ def test_many_preemptions_change_no_text_and_lose_no_page(ahead):
     assert engine.pool.num_free == 20
 
 
+def test_a_preempted_request_comes_back_first_and_only_when_its_tokens_are_read():
+    engine, device, under_way = scheduler(4, max_num_seqs=2), Device(PAGE), deque()
+    first, last, new = (request(str(i), [i + 1] * 4, max_tokens=8) for i in range(3))
+    for one in (first, last, new):
+        engine.add(one)
+    while last.state is not State.PREEMPTED:
+        plan = engine.schedule()
+        under_way.append((plan, device.run(plan)))
+    assert plan.preempted == (last,)
+    assert last.num_unread > 1
+    engine.finish(first, State.FINISHED_ABORT)
+    assert engine.schedule().sequences == ()
+    while under_way:
+        engine.update(*under_way.popleft())
+    plan = engine.schedule()
+    assert plan.sequences[0].request is last
+    assert UNREAD not in plan.sequences[0].tokens
+    engine.update(plan, device.run(plan))
+    serve(engine, [], device=device)
+    assert (last.output, new.output) == (alone(last)[0], alone(new)[0])
+
+
 def test_a_long_prompt_leaves_a_token_to_everyone_who_decodes():
     for policy in ("fcfs", "priority"):
         engine = scheduler(max_num_batched_tokens=16, max_num_seqs=8, policy=policy)
@@ -248,6 +277,29 @@ def test_priorities_decide_who_starts_and_who_loses_pages():
     assert victims
     assert "high" not in victims
     assert plans[-1].sequences[0].request is made["low"]
+
+
+def test_nobody_is_let_in_by_a_step_that_takes_pages_away():
+    engine = scheduler(6, max_num_seqs=2, policy="priority")
+    lengths = enumerate((4, 4, 16))
+    made = [request(str(i), [i + 1] * n, priority=i, max_tokens=4) for i, n in lengths]
+    plans = serve(engine, [(0, made[0]), (0, made[2]), (1, made[1])])
+    (at,) = (i for i, plan in enumerate(plans) if plan.preempted)
+    assert plans[at].preempted == (made[2],)
+    assert [[s.request.id for s in plan.sequences] for plan in plans[at : at + 2]] == [
+        ["0"],
+        ["0", "1"],
+    ]
+
+
+def test_nothing_ends_before_the_least_number_of_tokens():
+    for token, least, length in [(END, 0, 1), (END, 3, 3), (7, 0, 1), (7, 3, 3), (8, 3, 16)]:
+        one = request("r", [1], min_tokens=least, stop_token_ids=[7], ignore_eos=False)
+        while not one.state.finished:
+            one.append(token)
+        assert len(one.output) == length
+        assert one.finish_reason == ("length" if token == 8 else "stop")
+        assert one.stop_reason == (7 if token == 7 else None)
 
 
 def test_longest_prefix_first_lets_followers_wait_for_what_is_being_computed():

@@ -122,6 +122,9 @@ def test_no_stop_string_counts_before_the_least_number_of_tokens():
     ids = BYTES.encode(["aXbXXcX"])[0]
     for least, text in [(0, "a"), (2, "a"), (3, "aXb"), (5, "aXbX"), (6, "aXbXXc"), (8, "aXbXXcX")]:
         assert "".join(streamed(BYTES, ids, stop="X", min_tokens=least)[0]) == text
+    # A match that was passed over stays so, though its text is still held for a longer one.
+    held = streamed(BYTES, BYTES.encode(["abx"])[0], stop=["b", "abc"], min_tokens=3)
+    assert ("".join(held[0]), held[1]) == ("abx", None)
     # Of a match that was passed over, the end may still begin the next.
     assert "".join(streamed(BYTES, BYTES.encode(["aaab"])[0], stop="aa", min_tokens=3)[0]) == "a"
 
