@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.target import current_target
 from model import ModelConfig, Runtime, hidden_states, logits
 from model.caches import PagedCache, init_paged_cache, paged_step
 from model.decoder import segments_of
@@ -108,7 +109,8 @@ def init_state(
         slots: most sequences at once.
         max_length: most tokens of a sequence; rotary scalings that depend on it go by it.
         pages, page_size: room for keys and values, in pages of so many tokens.
-        dtype: of stored keys and values; None is the compute dtype.
+        dtype: of stored keys and values; None is the compute dtype, or float32 on a CPU, which
+            would widen all pages of bfloat16 at each step.
         room: most banned words and the like of one request.
 
     Raises `ValueError` for more tokens than the model has learned positions for.
@@ -122,7 +124,7 @@ def init_state(
         pages,
         page_size,
         planned_length=max_length,
-        dtype=dtype or runtime.compute_dtype,
+        dtype=dtype or ("float32" if current_target().platform == "cpu" else runtime.compute_dtype),
         layout=runtime.layout,
         segments=segments_of(params, config),
     )

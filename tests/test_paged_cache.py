@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def test_a_step_holds_one_cache():
     cache = init_paged_cache(CONFIG, 4096, 4, planned_length=64)
     arrays = (np.zeros(4, np.int32), TABLE, np.ones(3, np.int32), np.arange(4, dtype=np.int32))
     donating = jax.jit(flat_step.__wrapped__, static_argnames=("config", "size"), donate_argnums=1)
-    compiled = donating.lower(params_of(CONFIG), cache, *arrays, config=CONFIG).compile()
+    compiled: Any = donating.lower(params_of(CONFIG), cache, *arrays, config=CONFIG).compile()
     pages = sum(x.nbytes for x in jax.tree.leaves(cache))
     assert compiled.memory_analysis().temp_size_in_bytes < pages / 10
 

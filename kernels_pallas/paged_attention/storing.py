@@ -29,6 +29,9 @@ def plain(k: Array, v: Array, pages: Array, slots: Array, *, layer: Any = None) 
     """
     check(k, v, pages, slots, layer)
     size = pages.shape[-3]
+    if len(slots) == 1:
+        # One write would become an update of a slice, which a CPU fuses with a copy of all pages.
+        k, v, slots = (jnp.repeat(x, 2, axis=0) for x in (k, v, slots))
     page = jnp.where(slots < 0, pages.shape[-4], slots // size)
     at = (page, slots % size) if layer is None else (layer, page, slots % size)
     return pages.at[at].set(_pairs(k, v, pages.dtype), mode="drop")
