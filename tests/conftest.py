@@ -6,8 +6,11 @@ Many tests compile the same tiny step; the cache lives as long as the checkout a
 delete.
 """
 
+import gc
 import os
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
@@ -20,3 +23,18 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 for name, value in flags.items():
     if name not in os.environ.setdefault("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] += f" --{name}={value}"
+
+MOST_MAPPINGS = 20_000
+"""Of a process. Each compiled program takes some; at 65,530 Linux refuses more, and XLA crashes."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_forgotten():
+    """Forget compiled programs after a file of tests, once there are many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
