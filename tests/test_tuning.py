@@ -295,7 +295,10 @@ def test_a_spent_budget_measures_nothing_and_says_what_is_left(capsys):
 def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
     table = tmp_path / "table.json"
     shapes = [f"rows_per_group={rows}:d_in=8:d_out=8" for rows in (2, 4)]
-    command = [sys.executable, "-m", "kernels_pallas", "tune", f"--kernels={KERNEL}"]
+    # Jobs in the background of a shell ignore Ctrl-C, and what they start does too.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = listening + "import runpy; runpy.run_module('kernels_pallas', run_name='__main__')"
+    command = [sys.executable, "-c", program, "tune", f"--kernels={KERNEL}"]
     command += [f"--shapes={','.join(shapes)}", f"--table={table}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
