@@ -76,6 +76,20 @@ def test_the_gradient_of_many_rows_fits_the_smallest_vector_memory():
 
 
 @on_every_generation
+def test_scales_and_zeros_in_float16_are_taken(generation):
+    made = arrays(512, 256, 4, 128, zeros=True)
+    for name in ("scales", "zeros"):
+        made[name] = jax.ShapeDtypeStruct(made[name].shape, jnp.float16)
+    product = functools.partial(quantized_matmul, bits=4, group=128)
+
+    def step(x, made):
+        y, pull = jax.vjp(lambda x: product(x, **made), x)
+        return y, pull(y)[0]
+
+    compile_and_fit(step, (x_of(8, 512), made), generation, kernels=2)
+
+
+@on_every_generation
 def test_grouped_int8_has_a_kernel_and_per_column_int8_is_left_to_xla(generation):
     for group, kernels in ((128, 0 if generation == "v4" else 1), (None, 0)):
         made = arrays(1024, 512, 8, group, form="int8")

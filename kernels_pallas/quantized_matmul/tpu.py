@@ -265,6 +265,7 @@ def _parts_of(plan: Plan) -> list[slice]:
 def _parts(w: Operand, plan: Plan, route: str) -> tuple[list[Array], list[Any]]:
     """What comes after the codes: scales, then zeros, offsets and table where there are any."""
     arrays = [array for array in (w.scales, w.zeros, w.offsets) if array is not None]
+    arrays = [a.astype(jnp.float32) if a.dtype == jnp.float16 else a for a in arrays]  # no loads
     specs = [pl.BlockSpec((w.groups, plan.n), lambda m, n, k: (0, n))] * len(arrays)
     if w.table is not None:
         arrays.append(table_words(w.table, route, plan.n))
