@@ -13,9 +13,7 @@ of each layer in quantization.jsonl, and in provenance.json what was done with w
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +39,7 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[type, 
     """The plain arguments, and those of each dataclass of settings."""
     from sharding import MeshConfig
     from surgery.adapt.commands import COMMANDS
+    from surgery.arguments import add_fields, plain_fields
     from surgery.checkpoint import Text
     from surgery.methods import METHODS
     from surgery.quantize.driver import Options
@@ -61,7 +60,7 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[type, 
             "--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations"
         )
         for cls, prefix in ((method, ""), (Text, ""), (Options, ""), (MeshConfig, "mesh.")):
-            _add_fields(command.add_argument_group(cls.__name__), cls, prefix)
+            add_fields(command.add_argument_group(cls.__name__), cls, prefix)
     for name, simple in COMMANDS.items():
         command = commands.add_parser(name, help=simple.help, description=simple.help)
         command.add_argument("--checkpoint", required=True, help="a checkpoint or run folder")
@@ -75,7 +74,7 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[type, 
     settings = {
         cls: {
             field.name: given[prefix + field.name]
-            for field in _plain_fields(cls)
+            for field in plain_fields(cls)
             if given[prefix + field.name] is not None
         }
         for cls, prefix in (
@@ -86,40 +85,6 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[type, 
         )
     }
     return known, settings
-
-
-def _add_fields(group: Any, cls: type, prefix: str) -> None:
-    """An argument for each field of a dataclass, its help from the docstring."""
-    texts, hints = _field_texts(cls), typing.get_type_hints(cls)
-    for field in _plain_fields(cls):
-        name, kind = prefix + field.name, hints[field.name]
-        text = f"{texts[field.name]} (default: {field.default})".replace("%", "%%")
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            action = argparse.BooleanOptionalAction
-            group.add_argument(flag, dest=name, action=action, default=None, help=text)
-        else:
-            group.add_argument(flag, dest=name, type=kind, help=text, metavar=kind.__name__.upper())
-
-
-def _plain_fields(cls: type) -> list[dataclasses.Field]:
-    """The fields that an argument can set; a tuple is what a method itself found out."""
-    return [field for field in dataclasses.fields(cls) if not isinstance(field.default, tuple)]
-
-
-def _field_texts(cls: type) -> dict[str, str]:
-    """`{field: what its docstring says}`; lines that are indented deeper go on with the last."""
-    found: dict[str, str] = {}
-    names, last = {field.name for field in dataclasses.fields(cls)}, ""
-    for line in (cls.__doc__ or "").splitlines():
-        name, colon, text = line.strip().partition(": ")
-        if colon and name in names:
-            last, found[name] = name, text
-        elif last and line.startswith("        "):
-            found[last] += " " + line.strip()
-        else:
-            last = ""
-    return found
 
 
 def _run(known: argparse.Namespace, settings: dict[type, dict[str, Any]]) -> None:

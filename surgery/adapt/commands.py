@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import Checkpoint, load, save
+from model.checkpoint import Checkpoint, load, save, stored_params
 from model.provenance import provenance
 from surgery.adapt.lora import LoRA, adapters, attach, count_adapter_parameters, merge, unmerge
 from surgery.adapt.peft_config import CONFIG
 from surgery.adapt.peft_files import load_peft, save_peft
+from surgery.arguments import add_fields, plain_fields
 
 
 def attach_checkpoint(checkpoint: str | Path, out: str | Path, settings: LoRA) -> Path:
@@ -89,28 +90,16 @@ class Command:
 
 
 def _lora_arguments(parser: argparse.ArgumentParser) -> None:
-    texts = {
-        line.strip().partition(": ")[0]: line.strip().partition(": ")[2]
-        for line in (LoRA.__doc__ or "").splitlines()
-    }
-    for field in dataclasses.fields(LoRA):
-        flag = f"--{field.name.replace('_', '-')}"
-        text = f"{texts.get(field.name, '')} (default: {field.default!r})"
-        if field.default is False:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=False, help=text)
-        else:
-            kind = type(field.default)
-            parser.add_argument(flag, type=kind, default=field.default, help=text)
+    add_fields(parser, LoRA, "")
 
 
 def _run_lora(known: argparse.Namespace) -> str:
-    given = {field.name: getattr(known, field.name) for field in dataclasses.fields(LoRA)}
-    out = attach_checkpoint(known.checkpoint, known.out, LoRA(**given))
-    count = count_adapter_parameters(load(out).params)
+    given = {field.name: getattr(known, field.name) for field in plain_fields(LoRA)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    out = attach_checkpoint(known.checkpoint, known.out, LoRA(**chosen))
     return (
-        f"{out}: {count:,} adapter parameters; train them with --config.train.start_from={out} "
-        "--config.train.trainable='.*/(a|b)'"
+        f"{out}: {count_adapter_parameters(stored_params(out)):,} adapter parameters; train them "
+        f"with --config.train.start_from={out} --config.train.trainable='.*/(a|b)'"
     )
 
 

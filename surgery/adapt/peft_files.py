@@ -12,7 +12,6 @@ and value in one matrix) takes the columns of its `lora_B` that are ours.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from model.checkpoint_folder import write_bytes
 from model.config import ModelConfig
 from model.families.exporter import describe_as
 from model.families.reader import WeightFiles
@@ -132,8 +132,8 @@ def save_peft(
     dropouts = {weight.dropout for weight in flat.values() if isinstance(weight, LowRank)}
     written = _config(modules, factors, base_model, max(dropouts))
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, _file_bytes(tensors))
-    _write(folder / CONFIG, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(folder / WEIGHTS, _file_bytes(tensors))
+    write_bytes(folder / CONFIG, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
     return folder
 
 
@@ -295,10 +295,3 @@ def _file_bytes(tensors: Arrays) -> bytes:
         [(name, tensors[name].shape, tensors[name].dtype) for name in names], {"format": "pt"}
     )
     return header + b"".join(tensors[name].tobytes() for name in names)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it, or nothing under that name."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
