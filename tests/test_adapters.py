@@ -116,6 +116,16 @@ def test_a_merged_model_computes_what_the_adapted_one_does(kind):
         np.testing.assert_allclose(weight, flatten(params)[path], atol=2e-7, err_msg=path)
 
 
+def test_experts_and_their_router_are_left_alone_unless_they_are_named():
+    mixture = dataclasses.replace(
+        CONFIGS["llama"], feed_forward="experts", num_experts=4, experts_per_token=2
+    )
+    params = init(mixture, jax.random.key(0))
+    assert all("/attention/" in path for path in adapters(attach(params)))
+    with pytest.raises(ValueError, match=r"experts/up/kernel .* one an expert"):
+        attach(params, LoRA(targets="up"))
+
+
 def test_what_cannot_be_adapted_is_said():
     params = init(CONFIGS["llama"], jax.random.key(0))
     with pytest.raises(ValueError, match=r"targets='querry' matches no kernel; nearest: .*query"):

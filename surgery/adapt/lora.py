@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from weights import LowRank, flatten, from_flat, is_format, map_with_path, nearest
 
 Array = jax.Array
-LINEAR = r"layers/.*(attention|feed_forward)/\w+/kernel"
-"""Every linear layer of attention and feed-forward, the head left out (PEFT's "all-linear")."""
+LINEAR = r"layers/.*(attention|feed_forward)/(?!router/|shared_gate/)\w+/kernel"
+"""Linear layers of attention and feed-forward; the head, experts and their routers are left out."""
 
 
 @dataclass(frozen=True)
