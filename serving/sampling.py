@@ -95,7 +95,18 @@ def sample(logits: Array, rows: Rows, variant: Variant, grammar: Array | None = 
         tokens, z = _draw(z, tokens, rows)
     if variant.logprobs is None:
         return Sampled(tokens)
-    return _with_logprobs(tokens, z if variant.processed else raw, variant.logprobs)
+    return with_logprobs(tokens, z if variant.processed else raw, variant.logprobs)
+
+
+def with_logprobs(tokens: Array, z: Array, count: int) -> Sampled:
+    """The tokens `[rows]` with their log-probabilities under logits `[rows, vocab]`, and the
+    `count` likeliest ones'.
+    """
+    logprobs = jax.nn.log_softmax(z, axis=1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)
+    ranks = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(count, z.shape[1]))
+    return Sampled(tokens, chosen[:, 0], ranks, top_tokens, top_logprobs)
 
 
 def adjust(z: Array, rows: Rows) -> Array:
@@ -171,14 +182,6 @@ def _keys(rows: Rows) -> Array:
     for number in (rows.settings.choice, rows.positions):
         keys = jax.vmap(jax.random.fold_in)(keys, number)
     return keys
-
-
-def _with_logprobs(tokens: Array, z: Array, count: int) -> Sampled:
-    logprobs = jax.nn.log_softmax(z, axis=1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)
-    ranks = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
-    top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(count, z.shape[1]))
-    return Sampled(tokens, chosen[:, 0], ranks, top_tokens, top_logprobs)
 
 
 def _bits(words: Array, count: int) -> Array:

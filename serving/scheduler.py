@@ -121,7 +121,8 @@ class Scheduler:
             )
         self._live[request.id] = request
         self._roots[request.id] = chain_root(
-            (*self._cache_key, request.adapter or ""), request.params.cache_salt
+            (*self._cache_key, request.adapter or "", request.cache_key),
+            request.params.cache_salt,
         )
         self.waiting.add(request)
 

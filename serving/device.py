@@ -1,0 +1,165 @@
+"""The device side of an engine: its weights, its state, and steps sent ahead of their being read.
+
+Owned by the engine's thread. Steps run in the order in which they are sent, and each takes the
+state of the one before, so a slot or a page may be given on as soon as the host knows that it is
+free: what was sent for its last owner is done before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from kernels_pallas.target import current_target
+from model import ModelConfig, Runtime
+from model.layers_apart import can_be_apart, layers_apart
+from serving.memory import Model, choose_pages, make_state, page_bytes
+from serving.outputs import TokenLogprob
+from serving.plan import ScheduledSequence, StepPlan
+from serving.request import Request
+from serving.sampling import Sampled, Variant
+from serving.sampling_params import SamplingParams
+from serving.sampling_settings import Settings, settings_of
+from serving.settings import EngineSettings, Resolved
+from serving.shapes import Shapes
+from serving.step import Step, admit, run_step
+from sharding import Layout
+from weights import map_with_path, prepare
+
+Shape = tuple[int, int, int, bool, Variant]
+Progress = Callable[[int, int, Shape, float], None]
+"""`(programs ready, programs in all, shape of the last, its seconds)`."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step under way."""
+
+    plan: StepPlan
+    sampled: Sampled
+    began: float
+
+
+class Device:
+    """Weights and state on the device.
+
+    model: with params prepared for its platform. num_pages, page_bytes: pages, and bytes of one.
+    compilations: programs compiled, by phase.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: ModelConfig,
+        settings: EngineSettings,
+        resolved: Resolved,
+        shapes: Shapes,
+        layout: Layout | None = None,
+    ) -> None:
+        runtime = Runtime(compute_dtype=resolved.compute_dtype, layout=layout)
+        self.model = Model(prepared(params, layout), config, runtime)
+        self._shapes, self._room = shapes, settings.room
+        device = jax.local_devices()[0] if layout is None else layout.mesh.devices.flat[0]
+        self.page_bytes = page_bytes(self.model, resolved)
+        self.num_pages = choose_pages(settings, resolved, self.model, shapes, device)
+        self._state = make_state(
+            self.model.params, self.model, resolved, self.num_pages, settings.room
+        )
+        self._tenants: dict[int, tuple[Request, int]] = {}
+        self._ready: set[Shape] = set()
+        self.compilations = {"warmup": 0, "serving": 0}
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile every program and run it once, on a step in which nothing is computed."""
+        programs = list(self._shapes.all())
+        row = settings_of(SamplingParams(temperature=0.0), self._vocab, room=self._room)
+        self._state = admit(self._state, 0, [0], row)
+        for index, (step, variant) in enumerate(programs, 1):
+            began = time.monotonic()
+            jax.block_until_ready(self._run(step, variant, "warmup"))
+            if progress is not None:
+                progress(index, len(programs), _shape(step, variant), time.monotonic() - began)
+
+    def send(self, plan: StepPlan, row_of: Callable[[Request], Settings]) -> Sent:
+        """Start a step; requests that are new in their slot are admitted first, with settings of
+        `row_of`.
+        """
+        began = time.monotonic()
+        for sequence in plan.sequences:
+            self._admit(sequence, row_of)
+        step, variant = self._shapes.pack(plan.sequences)
+        sampled = self._run(step, variant, "serving")
+        for leaf in jax.tree.leaves(sampled):
+            leaf.copy_to_host_async()
+        return Sent(plan, sampled, began)
+
+    def read(self, sent: Sent) -> tuple[list[int], list[TokenLogprob] | None]:
+        """What a step sampled, one for each of `plan.sampling`, once it is done."""
+        rows = [row for row, sequence in enumerate(sent.plan.sequences) if sequence.samples]
+        sampled: Sampled = jax.device_get(sent.sampled)
+        if sampled.logprobs is None:
+            return sampled.tokens[rows].tolist(), None
+        found = [logprob_of(sampled, row) for row in rows]
+        return [each.token for each in found], found
+
+    @property
+    def _vocab(self) -> int:
+        return self.model.config.vocab_size
+
+    def _admit(self, sequence: ScheduledSequence, row_of: Callable[[Request], Settings]) -> None:
+        request = sequence.request
+        tenant = (request, request.num_preemptions)
+        if self._tenants.get(sequence.slot) != tenant:
+            self._tenants[sequence.slot] = tenant
+            known = request.tokens(0, request.num_known)
+            self._state = admit(self._state, sequence.slot, known, row_of(request))
+
+    def _run(self, step: Step, variant: Variant, phase: str) -> Sampled:
+        shape = _shape(step, variant)
+        if shape not in self._ready:
+            self._ready.add(shape)
+            self.compilations[phase] += 1
+        model = self.model
+        self._state, sampled = run_step(
+            model.params,
+            self._state,
+            step,
+            config=model.config,
+            runtime=model.runtime,
+            variant=variant,
+        )
+        return sampled
+
+
+def prepared(params: Mapping[str, Any], layout: Layout | None = None) -> Mapping[str, Any]:
+    """Params in the form that is multiplied fastest on the device, layers apart on one CPU."""
+    platform = current_target().platform
+    ready = map_with_path(lambda _, weight: prepare(weight, platform), params)
+    return layers_apart(ready) if layout is None and can_be_apart(ready) else ready
+
+
+def choice_row(row: Settings, choice: int) -> Settings:
+    """The settings of another of a request's answers."""
+    return dataclasses.replace(row, choice=np.int32(choice))
+
+
+def _shape(step: Step, variant: Variant) -> Shape:
+    sequences, width = step.page_table.shape
+    return step.tokens, sequences, width, step.decodes, variant
+
+
+def logprob_of(sampled: Any, row: int) -> TokenLogprob:
+    """A row of a `Sampled` that came with log-probabilities, on the host."""
+    ids, values = sampled.top_tokens[row].tolist(), sampled.top_logprobs[row].tolist()
+    return TokenLogprob(
+        int(sampled.tokens[row]),
+        float(sampled.logprobs[row]),
+        int(sampled.ranks[row]),
+        tuple(zip(ids, values, strict=True)),
+    )

@@ -1,0 +1,339 @@
+"""The engine: any checkpoint, answering many requests at once.
+
+    with Engine.open("runs/quickstart") as engine:
+        for result in engine.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
+            print(result.text)
+
+    answer = engine.submit(tokens, params)      # in an event loop
+    async for output in answer: ...
+
+Requests are checked where they are submitted; a thread of its own (`serving/loop.py`) runs them.
+What a request gets does not depend on what else runs, but for rounding: a step of another size may
+sum in another order, which in float32 changes no token in practice, and in bfloat16 now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from kernels_pallas.target import current_target
+from model.checkpoint import Checkpoint
+from serving import loading, whole
+from serving.checks import ParameterError
+from serving.device import Device, choice_row
+from serving.loop import EngineLoop
+from serving.outputs import Answer, EngineStoppedError, Result, TokenLogprob
+from serving.pages import PagePool
+from serving.request import Request
+from serving.sampling_params import Limits, SamplingParams, banned_sequences, resolve, truncate
+from serving.sampling_settings import Settings, settings_of
+from serving.scheduler import QueueFullError, Scheduler
+from serving.settings import EngineSettings, resolve_settings
+from serving.shapes import choose_shapes
+from serving.stats import EngineStats, Times, histograms
+from serving.text_out import TextOut
+from serving.tracking import Track
+from sharding import Layout
+
+Prompt = str | Sequence[int]
+RETRY_S, DRAIN_LOOK_S = 0.05, 0.02
+
+
+class Engine:
+    """A model with its memory, made ready to serve.
+
+    model_name, config, tokenizer, template (of chats) are the checkpoint's; tokenizer and template
+    are None where it has none. end_ids: tokens that end a text. defaults: fields of a request that
+    the checkpoint sets. limits: what a request may ask for. settings: as given.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: EngineSettings | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        """Weights are prepared and pages allocated; nothing is compiled before `start`.
+
+        layout: the one that the checkpoint was loaded with. Raises `ValueError` for settings that
+        do not fit the model or the memory.
+        """
+        self.settings = settings = settings or EngineSettings()
+        self.config, files = checkpoint.config, checkpoint.files
+        self.model_name = settings.model_name or loading.name_of(checkpoint)
+        self.tokenizer = loading.tokenizer_of(files)
+        self.template = loading.template_of(files)
+        self.end_ids = loading.end_ids_of(files, self.tokenizer)
+        self.defaults = loading.defaults_of(files)
+        platform, vocab = current_target().platform, self.config.vocab_size
+        if self.tokenizer is not None:
+            vocab = min(vocab, self.tokenizer.vocab_size)
+        resolved = resolve_settings(settings, self.config, platform)
+        prioritises = settings.policy == "priority"
+        self.limits = Limits(vocab, resolved.max_model_len, settings.max_logprobs, prioritises)
+        shapes = choose_shapes(settings, resolved, platform, vocab)
+        self._device = Device(checkpoint.params, self.config, settings, resolved, shapes, layout)
+        pool = PagePool(self._device.num_pages, resolved.page_size)
+        scheduler = Scheduler(resolved.scheduler, pool)
+        counts = histograms(resolved.max_model_len)
+        self._loop = EngineLoop(settings, scheduler, self._device, counts)
+        self._started = False
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        settings: EngineSettings | None = None,
+        layout: Layout | None = None,
+    ) -> Engine:
+        """The engine of a checkpoint, run or Hugging Face folder, or of `hub:owner/name`."""
+        return cls(loading.load_checkpoint(source, layout), settings, layout)
+
+    # -- life
+
+    def start(self) -> None:
+        """Start the thread, which compiles first; requests that come meanwhile wait."""
+        if not self._started:
+            self._started = True
+            self._loop.start()
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until every program is compiled; whether it is so. Raises `EngineStoppedError` if
+        the engine failed.
+        """
+        ready = self._loop.ready.wait(timeout)
+        if self.failure is not None:
+            raise EngineStoppedError(f"the engine has failed: {self.failure}") from self.failure
+        return ready
+
+    @property
+    def ready(self) -> bool:
+        """Whether every program is compiled and the engine works."""
+        return self._loop.ready.is_set() and self.healthy
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread lives and comes round."""
+        return self._loop.healthy()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread."""
+        return self._loop.failure
+
+    async def stop(self, drain_seconds: float = 0.0) -> bool:
+        """Take no more requests, let those that are here end for so long, abort the others, end the
+        thread; whether all ended by themselves.
+        """
+        self._loop.refuse()
+        deadline = time.monotonic() + drain_seconds
+        while self._loop.num_live and time.monotonic() < deadline and self.healthy:
+            await asyncio.sleep(DRAIN_LOOK_S)
+        drained = not self._loop.num_live
+        await asyncio.to_thread(self._loop.stop)
+        return drained
+
+    def close(self) -> None:
+        """`stop` at once, from code without an event loop."""
+        self._loop.stop()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def stats(self) -> EngineStats:
+        """The numbers as they are now."""
+        return self._loop.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes; waits for the step under way. Raises `ValueError` while requests
+        run.
+        """
+        self._loop.call(self._loop.reset_prefix_cache)
+
+    # -- requests
+
+    def submit(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_key: str = "",
+    ) -> Answer:
+        """Queue a request; its outputs come in the event loop of the caller.
+
+        Args:
+            tokens: ids of the prompt.
+            params: what is asked for; what it leaves open is set here.
+            request_id: unique among those that have not ended; None makes one.
+            priority: lower goes first, under that policy; 0 leaves it to `params`.
+            cache_key: only requests with the same one share cached pages.
+
+        Raises:
+            ParameterError: this model or engine does not allow it; names the field.
+            QueueFullError: as many wait as may.
+            EngineStoppedError: the engine takes no more.
+            ValueError: the id is here already.
+        """
+        loop = asyncio.get_running_loop()
+        now = time.monotonic()
+        prompt, params = self._resolved(tokens, params, priority)
+        row = self._row(params, len(prompt))
+        request_id = request_id or uuid.uuid4().hex
+        answer = Answer(request_id, params, self._loop.abort, loop)
+        if params.candidates > params.n and params.logprobs is None:
+            params = dataclasses.replace(params, logprobs=0)  # What candidates are ranked by.
+        tracks = []
+        for choice in range(params.candidates):
+            request = Request(
+                id=f"{choice}:{request_id}",
+                prompt=prompt,
+                params=params,
+                max_model_len=self.limits.max_model_len,
+                end_ids=self.end_ids,
+                arrival=now,
+                cache_key=cache_key,
+                choice=choice,
+            )
+            text = None if self.tokenizer is None else TextOut(self.tokenizer, params, prompt)
+            tracks.append(Track(request, answer, choice_row(row, choice), text, Times(now)))
+        self._loop.submit(tracks)
+        return answer
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Result]:
+        """Answer prompts, texts or ids, and wait for all; starts the engine if need be.
+
+        params: for all, or one a prompt; None is the defaults with the checkpoint's own on top.
+        Works in a notebook too: the waiting happens in another thread's event loop.
+        """
+        self.start()
+        if params is None:
+            params = SamplingParams(**self.defaults)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} params for {len(prompts)} prompts; one each, or one")
+        running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = []
+        with ThreadPoolExecutor(1, "generate") as pool:
+            results = pool.submit(asyncio.run, self._generate(prompts, each, running))
+            try:
+                return results.result()
+            except BaseException:
+                for loop, task in running:
+                    if not loop.is_closed():
+                        loop.call_soon_threadsafe(task.cancel)
+                raise
+
+    async def _generate(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], running: list
+    ) -> list[Result]:
+        running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        room = asyncio.Semaphore(self.settings.max_waiting)
+
+        async def one(prompt: Prompt, params: SamplingParams) -> Result:
+            async with room:
+                tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
+                while True:
+                    try:
+                        return await self.submit(tokens, params).all()
+                    except QueueFullError:  # Others fill it; there is time.
+                        await asyncio.sleep(RETRY_S)
+
+        return list(await asyncio.gather(*map(one, prompts, params)))
+
+    # -- whole texts
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with what the model expects around it."""
+        if self.tokenizer is None:
+            raise ParameterError("prompt", "is a text", "ids: the checkpoint has no tokenizer")
+        return self.tokenizer.encode_prompt(text).tolist()
+
+    def score(self, tokens: Sequence[int], logprobs: int = 0) -> list[TokenLogprob]:
+        """Log-probability of each token but the first, given those before it, and of the likeliest
+        `logprobs` in its place. Computed beside the running requests, in the caller's thread.
+        """
+        ids = self._checked(tokens)
+        if not 0 <= logprobs <= self.limits.max_logprobs:
+            raise ParameterError("logprobs", f"is {logprobs}", f"0 to {self.limits.max_logprobs}")
+        found = whole.score(
+            self._device.model,
+            ids,
+            count=self.limits.max_logprobs,
+            longest=self.limits.max_model_len,
+        )
+        return [dataclasses.replace(each, top=each.top[:logprobs]) for each in found]
+
+    def embed(self, texts: Sequence[Sequence[int]], pooling: whole.Pooling = "last") -> np.ndarray:
+        """`float32[texts, d_model]`, vectors of length 1: the hidden state of each text's last
+        token after the final norm, or the mean over its tokens.
+        """
+        ids = [self._checked(text) for text in texts]
+        longest = self.limits.max_model_len
+        return whole.embed(self._device.model, ids, pooling=pooling, longest=longest)
+
+    # -- what they share
+
+    def _resolved(
+        self, tokens: Sequence[int], params: SamplingParams, priority: int
+    ) -> tuple[list[int], SamplingParams]:
+        prompt = self._checked(truncate(tokens, params, self.limits))
+        if priority:
+            params = dataclasses.replace(params, priority=priority)
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            field = "stop" if params.stop else "bad_words"
+            raise ParameterError(field, "is given", "empty: the checkpoint has no tokenizer")
+        return prompt, resolve(params, len(prompt), self.limits)
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in tokens]
+        if not ids:
+            raise ParameterError("prompt", "is empty", "at least one token")
+        if len(ids) > self.limits.max_model_len:
+            raise ParameterError(
+                "prompt",
+                f"has {len(ids)} tokens",
+                f"at most the model's maximum context of {self.limits.max_model_len} tokens",
+                code="context_length_exceeded",
+            )
+        wrong = next((i for i in ids if not 0 <= i < self.limits.vocab_size), None)
+        if wrong is not None:
+            raise ParameterError(
+                "prompt", f"has id {wrong}", f"ids 0..{self.limits.vocab_size - 1}"
+            )
+        return ids
+
+    def _row(self, params: SamplingParams, length: int) -> Settings:
+        banned = ()
+        if self.tokenizer is not None and params.bad_words:
+            banned = banned_sequences(params.bad_words, self.tokenizer)
+        return settings_of(
+            params,
+            self.config.vocab_size,
+            prompt_length=length,
+            end_ids=self.end_ids,
+            banned=banned,
+            room=self.settings.room,
+        )

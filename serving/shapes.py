@@ -1,0 +1,111 @@
+"""The shapes that an engine compiles its step for, few enough that all are ready before it serves.
+
+A step that only decodes has as many tokens as sequences, so one size decides both; a step with part
+of a prompt in it takes the size of its tokens and room for all sequences. The width of the page
+table matters only where attention gathers pages (a CPU); kernels read what a sequence has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from serving.plan import ScheduledSequence
+from serving.sampling import Variant
+from serving.settings import EngineSettings, Resolved
+from serving.step import Buckets, Step, pack
+
+SMALLEST_CHUNK, SMALLEST_WIDTH, STEP_UP = 32, 16, 4
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Buckets of steps that only decode, and of all others; and variants of the sampler.
+
+    greedy: no draws. draws: any temperature. logprobs: also with log-probabilities.
+    """
+
+    decode: Buckets
+    mixed: Buckets
+    page_size: int
+    greedy: Variant
+    draws: Variant
+    logprobs: Variant
+
+    def pack(self, sequences: Sequence[ScheduledSequence]) -> tuple[Step, Variant]:
+        """A step's arrays and its sampler, in the smallest shape that holds it."""
+        decodes = all(sequence.stop - sequence.start == 1 for sequence in sequences)
+        buckets = self.decode if decodes else self.mixed
+        step = pack(sequences, buckets, self.page_size, mixed=not decodes)
+        return step, self._variant(sequences, decodes)
+
+    def _variant(self, sequences: Sequence[ScheduledSequence], decodes: bool) -> Variant:
+        asked = [sequence.request.params for sequence in sequences if sequence.samples]
+        if any(params.logprobs is not None for params in asked):
+            return self.logprobs
+        # A prompt's step is long beside its sampler, and each variant is a program.
+        hot = any(params.temperature > 0.0 for params in asked)
+        return self.draws if hot or not decodes else self.greedy
+
+    def all(self) -> Iterator[tuple[Step, Variant]]:
+        """Every program, as a step in which nothing is computed; the smallest first."""
+        for size in self.decode.sequences:
+            yield from self._widths((size, size), False, (self.greedy, self.draws, self.logprobs))
+        for tokens in self.mixed.tokens:
+            sizes = (tokens, self.mixed.sequences[-1])
+            yield from self._widths(sizes, True, (self.draws, self.logprobs))
+
+    def largest(self) -> tuple[Step, Variant]:
+        """The program that needs most memory."""
+        return list(self.all())[-1]
+
+    def _widths(
+        self, sizes: tuple[int, int], mixed: bool, variants: Sequence[Variant]
+    ) -> Iterator[tuple[Step, Variant]]:
+        tokens, sequences = sizes
+        for width in self.decode.pages:
+            buckets = Buckets((tokens,), (sequences,), (width,))
+            for variant in variants:
+                yield pack((), buckets, self.page_size, mixed=mixed), variant
+
+
+def choose_shapes(
+    settings: EngineSettings, resolved: Resolved, platform: str, vocab_size: int
+) -> Shapes:
+    """The shapes of an engine; sizes that `settings` names are completed by the largest that may
+    occur.
+
+    vocab_size: ids from here on are never drawn.
+    """
+    slots, most = resolved.slots, resolved.scheduler.max_num_batched_tokens
+    widest = resolved.pages_per_sequence
+    on_cpu = platform == "cpu"
+    widths = settings.page_widths or (_sizes(SMALLEST_WIDTH, widest) if on_cpu else (widest,))
+    decodes = settings.decode_sizes or _sizes(1 if on_cpu else 8, slots, 2)
+    chunks = settings.chunk_sizes or _sizes(SMALLEST_CHUNK, most)
+    decodes, chunks, widths = (
+        _completed(sizes, largest)
+        for sizes, largest in ((decodes, slots), (chunks, most), (widths, widest))
+    )
+    variants = (
+        Variant(draws, logprobs, settings.processed_logprobs, vocab_size)
+        for draws, logprobs in ((False, None), (True, None), (True, settings.max_logprobs))
+    )
+    return Shapes(
+        Buckets(decodes, decodes, widths),
+        Buckets(chunks, (slots,), widths),
+        resolved.page_size,
+        *variants,
+    )
+
+
+def _sizes(least: int, most: int, factor: int = STEP_UP) -> tuple[int, ...]:
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= factor
+    return (*sizes, most)
+
+
+def _completed(sizes: Sequence[int], most: int) -> tuple[int, ...]:
+    return (*(size for size in sizes if size < most), most)

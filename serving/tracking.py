@@ -1,0 +1,72 @@
+"""One sequence of an engine from its arrival to its last output: what belongs to it beside its
+`Request`, which the scheduler owns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from serving.outputs import Answer, Output, TokenLogprob
+from serving.request import Request
+from serving.sampling_settings import Settings
+from serving.stats import Histogram, Times
+from serving.text_out import Piece, TextOut
+
+
+@dataclass(eq=False)
+class Track:
+    """A sequence that is being answered.
+
+    row: its sampling settings. text: None without a tokenizer. num_sent: tokens given back so far.
+    """
+
+    request: Request
+    answer: Answer
+    row: Settings
+    text: TextOut | None
+    times: Times
+    num_sent: int = 0
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def take(self, logprob: TokenLogprob | None) -> Piece:
+        """The text of what the request has generated since, and of its end; keeps the newest
+        token's log-probability, if it is asked for.
+        """
+        wanted = self.request.params.logprobs
+        if logprob is not None and wanted is not None:
+            self._logprobs.append(dataclasses.replace(logprob, top=logprob.top[:wanted]))
+        return Piece() if self.text is None else self.text.take(self.request)
+
+    def output(self, text: str) -> Output:
+        """What is new since the last call, with its text."""
+        request, stop = self.request, len(self.request.output)
+        if self.text is not None:
+            # A stop string leaves out what was sampled after it.
+            stop = self.text.num_tokens
+        tokens = tuple(request.output[self.num_sent : stop])
+        self.num_sent += len(tokens)
+        logprobs, self._logprobs = tuple(self._logprobs[: len(tokens)]), []
+        return Output(
+            request_id=self.answer.request_id,
+            choice=request.choice,
+            text=text,
+            token_ids=tokens,
+            logprobs=None if request.params.logprobs is None else logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.num_cached_tokens or 0,
+            completion_tokens=self.num_sent,
+        )
+
+    def note_end(self, now: float, into: Mapping[str, Histogram]) -> None:
+        """Count the sequence, which has ended."""
+        request = self.request
+        self.times.note_end(now, self.num_sent, into)
+        into["request_prompt_tokens"].observe(len(request.prompt))
+        into["request_generation_tokens"].observe(self.num_sent)
+        into["request_params_max_tokens"].observe(request.params.max_tokens or 0)
+        if request.choice == 0:
+            into["request_params_n"].observe(request.params.n)
