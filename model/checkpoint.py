@@ -26,6 +26,7 @@ from model import checkpoint_folder as folders
 from model.checkpoint_folder import CheckpointError
 from model.config import ModelConfig
 from model.parameters import abstract, rules
+from model.segments import segments_of
 from sharding import Layout, partition
 from weights import flatten, from_arrays, from_flat, is_format, nearest, to_arrays
 
@@ -177,9 +178,14 @@ def check_architecture(folder: Path, config: ModelConfig, params: Any) -> None:
     """Raise `CheckpointError` naming the first paths at which the arrays are not those of the
     config.
 
-    A weight format may stand at any path; the shapes of dense arrays must agree.
+    A weight format may stand at any path, and layers that are stored unlike be stacked apart
+    (`segments_of`); the shapes of dense arrays must agree.
     """
-    found, wanted = flatten(params), flatten(abstract(config))
+    try:
+        segments = segments_of(params, config)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from None
+    found, wanted = flatten(params), flatten(abstract(config, segments=segments))
     dense = {path: leaf for path, leaf in found.items() if not is_format(leaf)}
     expected = {path: leaf for path, leaf in wanted.items() if path in dense or path not in found}
     arrays.check_arrays(folder, dense, expected, cast=True)

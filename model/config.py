@@ -242,12 +242,6 @@ class Segment:
         """Its key under `layers/` in the params tree: `000-006`."""
         return f"{self.start:03d}-{self.stop:03d}"
 
-    def apart(self) -> tuple[Segment, ...]:
-        """The same layers, each a segment of its own."""
-        return tuple(
-            Segment(index, index + 1, self.layer) for index in range(self.start, self.stop)
-        )
-
     def __len__(self) -> int:
         return self.stop - self.start
 

@@ -8,7 +8,6 @@ carries the cache, so that no second cache is ever allocated.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from model.moe.stack import put_back, set_apart
 from model.positions import PositionEncoder
 from model.remat import remat
 from model.runtime import DEFAULT_RUNTIME, Runtime
+from model.segments import segments_of
 from sharding import check_heads, constrain, gather_rows
 from weights import embed, linear, nearest
 
@@ -100,7 +100,7 @@ def hidden_states(
     taken = {"embeddings": x} if "embeddings" in wanted else {}
     once = cache is not None and _one_device(runtime)
     reports, caches, encoders = [], {}, {}
-    for segment in _until(segments_of(params, config), stop):
+    for segment in _until(params, config, stop):
         carry = {} if cache is None else {"cache": cache.segments[segment.name]}
         if segment.layer not in encoders:
             encoder = PositionEncoder(segment.layer, longest)
@@ -121,14 +121,6 @@ def hidden_states(
     if cache is not None and meta is not None:
         merged["cache"] = cache.advance(caches, meta)
     return x, merged
-
-
-def segments_of(params: Params, config: ModelConfig) -> tuple[Segment, ...]:
-    """How the params cut the layers: as the config does, or each layer by itself
-    (`layers_apart`).
-    """
-    cuts = ((s,) if s.name in params["layers"] else s.apart() for s in config.segments)
-    return tuple(itertools.chain.from_iterable(cuts))
 
 
 def _inputs(
@@ -247,7 +239,9 @@ def _one_device(runtime: Runtime) -> bool:
     return runtime.layout is None or runtime.layout.mesh.size == 1
 
 
-def _until(segments: Iterable[Segment], stop: int) -> list[Segment]:
+def _until(params: Params, config: ModelConfig, stop: int) -> list[Segment]:
+    """The segments with layers below `stop`; params may leave out layers that none is run of."""
+    segments = segments_of(params, config) if stop else ()
     return [segment for segment in segments if segment.start < stop]
 
 

@@ -19,11 +19,12 @@ import numpy as np
 
 from model.caches import DecoderCache, init_cache
 from model.config import ModelConfig
-from model.decoder import hidden_states, segments_of
+from model.decoder import hidden_states
 from model.head import logits
 from model.layers_apart import can_be_apart, layers_apart
 from model.runtime import DEFAULT_RUNTIME, Runtime
 from model.sampling import GREEDY, Sampling, sample
+from model.segments import segments_of
 
 Array = jax.Array
 SMALLEST_WIDTH = 16

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,23 +26,30 @@ from weights import from_flat
 Array = jax.Array
 
 
-def describe(config: ModelConfig) -> dict[str, tuple[ArraySpec, Segment | None]]:
-    """`{path: (spec of one layer's array, its segment or None)}` for every array of the model."""
+def describe(
+    config: ModelConfig, segments: Sequence[Segment] | None = None
+) -> dict[str, tuple[ArraySpec, Segment | None]]:
+    """`{path: (spec of one layer's array, its segment or None)}` for every array of the model.
+
+    `segments` is how params cut the layers (`segments_of`); None is as the config does.
+    """
     described: dict[str, tuple[ArraySpec, Segment | None]] = {
         path: (spec, None) for path, spec in _outer_arrays(config).items()
     }
-    for segment in config.segments:
+    for segment in segments or config.segments:
         for path, spec in block_arrays(segment.layer).items():
             described[f"layers/{segment.name}/{path}"] = (spec, segment)
     return described
 
 
-def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The params tree as `jax.ShapeDtypeStruct`, layers stacked by segment."""
+def abstract(
+    config: ModelConfig, dtype: Any = jnp.float32, segments: Sequence[Segment] | None = None
+) -> dict[str, Any]:
+    """The params tree as `jax.ShapeDtypeStruct`, layers stacked by segment (see `describe`)."""
     return from_flat(
         {
             path: jax.ShapeDtypeStruct(_stacked_shape(spec, segment), dtype)
-            for path, (spec, segment) in describe(config).items()
+            for path, (spec, segment) in describe(config, segments).items()
         }
     )
 

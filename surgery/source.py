@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from model import ModelConfig, Segment
+from model import ModelConfig
 from model import checkpoint_arrays as arrays
 from model import checkpoint_folder as folders
 from model.checkpoint import check_architecture, read_model
 from model.checkpoint_folder import CheckpointError
+from model.segments import segment_at, segments_of
 from weights import from_arrays, from_flat
 
 Params = Mapping[str, Any]
@@ -41,6 +42,7 @@ class InMemory:
 
     def __init__(self, config: ModelConfig, params: Params) -> None:
         self.config, self._params = config, params
+        self._segments = segments_of(params, config)
 
     def outer(self) -> dict[str, Any]:
         """All params but the layers'."""
@@ -48,7 +50,7 @@ class InMemory:
 
     def layer(self, index: int) -> dict[str, Any]:
         """The params of one layer, sliced out of their stack."""
-        segment = segment_of(self.config, index)
+        segment = segment_at(self._segments, index)
         stack = self._params["layers"][segment.name]
         return jax.tree.map(lambda leaf: leaf[index - segment.start], stack)
 
@@ -68,6 +70,7 @@ class Folder:
         self._stored = arrays.stored(self.folder / folders.PARAMS)
         tree = from_arrays(from_flat(self._stored), self.description)
         check_architecture(self.folder, self.config, tree)
+        self._segments = segments_of(tree, self.config)
 
     def outer(self) -> dict[str, Any]:
         """All params but the layers'."""
@@ -78,7 +81,7 @@ class Folder:
 
     def layer(self, index: int) -> dict[str, Any]:
         """The params of one layer; no other layer's are read."""
-        segment = segment_of(self.config, index)
+        segment = segment_at(self._segments, index)
         prefix, row = f"layers/{segment.name}/", index - segment.start
         found = {
             path.removeprefix(prefix): self._row(path, row)
@@ -106,8 +109,3 @@ def dense(source: Folder) -> Folder:
             f"{', '.join(source.provenance.get('parents', [])) or 'unknown'}"
         )
     return source
-
-
-def segment_of(config: ModelConfig, layer: int) -> Segment:
-    """The segment that holds a layer."""
-    return next(s for s in config.segments if s.start <= layer < s.stop)

@@ -24,10 +24,10 @@ from model import (
     sample,
 )
 from model.caches import Dense, Rolling
-from model.decoder import segments_of
 from model.generate import _generate
 from model.layers_apart import can_be_apart, layers_apart
 from model.sampling import restrict
+from model.segments import segments_of
 
 CONFIG = ModelConfig(vocab_size=37, d_model=16, num_layers=2, num_heads=4, kv_heads=2, d_ff=24)
 WINDOWED = dataclasses.replace(CONFIG, sliding_window=4)

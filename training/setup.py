@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model import ModelConfig, abstract
 from model.checkpoint import load, stored_params
 from model.checkpoint_folder import locate
+from model.segments import segments_of
 from sharding import (
     Layout,
     Rule,
@@ -160,6 +162,8 @@ def starting_params(task: Task, config: RunConfig) -> Any:
     if not start:
         return own
     stored = stored_params(locate(start))
+    if task.model is not None:
+        own = _cut_alike(own, stored, task.model, start)
     found, wanted = (flatten(tree) for tree in (stored, own))
     different = [
         path
@@ -182,6 +186,15 @@ def starting_params(task: Task, config: RunConfig) -> Any:
         ),
         stored,
     )
+
+
+def _cut_alike(own: Any, stored: Any, model: ModelConfig, start: str) -> Any:
+    """A decoder's own params, their layers stacked as those of a checkpoint are."""
+    try:
+        segments = segments_of(stored, model)
+    except ValueError as error:
+        raise RunError(f"train.start_from={start}: {error}") from None
+    return {**own, "layers": abstract(model, segments=segments)["layers"]}
 
 
 def _is_real(leaf: Any) -> bool:

@@ -42,6 +42,7 @@ from model.families.quantized_export import (
 from model.families.registry import FAMILIES, by_config
 from model.families.tensors import copy_turned
 from model.families.writer import write_order, write_weights
+from model.segments import segments_of
 from sharding import Layout
 from weights import dequantize, flatten, is_format, nearest
 
@@ -148,7 +149,7 @@ def _tensors(
     dense: dict[str, Entry] = {}
     layers: dict[str, Callable[[], Any]] = {}
     by_tensor: dict[Any, list[Source]] = {}
-    for source in sources(family, config):
+    for source in sources(family, config, segments_of(params, config)):
         by_tensor.setdefault((source.tensor.theirs, source.segment), []).append(source)
     for parts in by_tensor.values():
         held = [arrays[part.path] for part in parts]

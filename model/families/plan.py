@@ -48,13 +48,16 @@ class Source:
         return self.tensor.theirs.format(layer=layer, expert=expert, head=expert)
 
 
-def sources(family: Family, config: ModelConfig) -> list[Source]:
+def sources(
+    family: Family, config: ModelConfig, segments: Sequence[Segment] | None = None
+) -> list[Source]:
     """The source of every array of the model, in the order of the params tree.
 
-    Raises `FamilyError` if the family has no tensor for one of the model's arrays.
+    `segments` is how the params cut the layers (`segments_of`); None is as the config does. Raises
+    `FamilyError` if the family has no tensor for one of the model's arrays.
     """
     found = []
-    for segment, shapes in _shapes(config).items():
+    for segment, shapes in _shapes(config, segments).items():
         layer = config.layer(0) if segment is None else segment.layer
         owners = _owners(family, shapes, layer)
         for path, shape in shapes.items():
@@ -161,10 +164,12 @@ def _hint(config: ModelConfig, missing: Sequence[str]) -> str:
     return ""
 
 
-def _shapes(config: ModelConfig) -> dict[Segment | None, dict[str, Shape]]:
+def _shapes(
+    config: ModelConfig, segments: Sequence[Segment] | None
+) -> dict[Segment | None, dict[str, Shape]]:
     """`{segment: {path without the segment: shape of one layer's array}}`."""
     shapes: dict[Segment | None, dict[str, Shape]] = {}
-    for path, (spec, segment) in describe(config).items():
+    for path, (spec, segment) in describe(config, segments).items():
         bare = path if segment is None else path.replace(f"layers/{segment.name}/", "layers/", 1)
         shapes.setdefault(segment, {})[bare] = spec.shape
     return shapes

@@ -5,12 +5,12 @@ The names come from the family's tensors, the same list that reads and writes wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Segment
 from model.families.family import Family
 from model.families.plan import Source, sources
 
@@ -46,10 +46,15 @@ class Module:
     conv1d: bool
 
 
-def linear_modules(family: Family, config: ModelConfig) -> dict[str, Module]:
-    """Every linear layer that is one matrix of theirs, by name; experts are left out."""
+def linear_modules(
+    family: Family, config: ModelConfig, segments: Sequence[Segment]
+) -> dict[str, Module]:
+    """Every linear layer that is one matrix of theirs, by name; experts are left out.
+
+    `segments` is how the params cut the layers (`model.segments_of`).
+    """
     by_name: dict[str, list[tuple[Source, int | None]]] = {}
-    for source in sources(family, config):
+    for source in sources(family, config, segments):
         if source.experts is not None or not source.path.endswith("/kernel"):
             continue
         if len(source.shape) != 2:

@@ -26,6 +26,7 @@ from model.config import ModelConfig
 from model.families.exporter import describe_as
 from model.families.reader import WeightFiles
 from model.families.safetensors_format import file_order, make_header, read_header
+from model.segments import segments_of
 from surgery.adapt.modules import Module, by_path, linear_modules
 from surgery.adapt.peft_config import (
     CONFIG,
@@ -66,7 +67,8 @@ def load_peft(
     settings = read_config(folder)
     tensors = _read(folder)
     chosen = describe_as(config, family, base)[0]
-    modules = linear_modules(chosen, config)
+    segments = segments_of(params, config)
+    modules = linear_modules(chosen, config, segments)
     pairs, rest = _pairs(folder, tensors)
     _check_modules(folder, settings, modules, pairs)
     name = altered_base(settings)
@@ -77,7 +79,8 @@ def load_peft(
             stacklevel=2,
         )
     flat = flatten(params)
-    flat.update(WholeModules(chosen, config, folder / WEIGHTS).replaced(flat, rest))
+    whole = WholeModules(chosen, config, segments, folder / WEIGHTS)
+    flat.update(whole.replaced(flat, rest))
     for path, held in by_path(modules).items():
         if any(module.name in pairs for module, _ in held):
             flat[path] = _low_rank(flat[path], held, pairs, settings)
@@ -111,7 +114,7 @@ def save_peft(
         if (folder / name).exists():
             raise AdapterFileError(f"{folder / name} exists; an adapter is never overwritten")
     chosen = describe_as(config, family, base)[0]
-    modules = linear_modules(chosen, config)
+    modules = linear_modules(chosen, config, segments_of(params, config))
     flat = flatten(params)
     ours = {path for path, weight in flat.items() if isinstance(weight, LowRank)}
     unknown = sorted(ours - set(by_path(modules)))

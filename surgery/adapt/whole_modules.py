@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Segment
 from model.families.family import Family
 from model.families.plan import Source, sources, their_shapes
 from surgery.adapt.peft_config import AdapterFileError
@@ -24,11 +24,12 @@ from weights import is_format, nearest
 class WholeModules:
     """The tensors of a family's model, for those of a file that take their place.
 
-    family, config: of the model. file: for messages.
+    family, config: of the model. segments: how the params cut the layers. file: for messages.
     """
 
     family: Family
     config: ModelConfig
+    segments: tuple[Segment, ...]
     file: Path
 
     def replaced(
@@ -48,7 +49,7 @@ class WholeModules:
                     f"{self.file}: {name} is {list(array.shape)}, the model's {list(shapes[name])}"
                 )
         found: dict[str, Any] = {}
-        for source in sources(self.family, self.config):
+        for source in sources(self.family, self.config, self.segments):
             start, stop = (0, 1) if source.segment is None else _bounds(source)
             for number in range(start, stop):
                 array = tensors.get(source.name(number, 0))
