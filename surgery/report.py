@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import ModelConfig, Runtime
+from model.segments import segments_of
 from surgery import blocks
 from surgery.source import Source
 from surgery.work import Work
+from weights import bits_per_weight, flatten
 
 Array = jax.Array
 
@@ -73,6 +76,21 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
             total = values.sum() if name == "seconds" else np.average(values, weights=weights)
             found[name] = float(total)
     return found
+
+
+def with_stored_bits(
+    rows: Iterable[Mapping[str, Any]], params: Mapping[str, Any], config: ModelConfig
+) -> list[dict[str, Any]]:
+    """The report's rows with the bits of what is stored at last, where lists of the layers of a
+    stack are all as long as the longest.
+    """
+    bits = {
+        (layer, path): bits_per_weight(weight)
+        for segment in segments_of(params, config)
+        for path, weight in flatten(params["layers"][segment.name]).items()
+        for layer in range(segment.start, segment.stop)
+    }
+    return [{**row, "bits": bits[row["layer"], row["path"]]} for row in rows]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

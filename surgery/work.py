@@ -1,5 +1,8 @@
 """A surgery in progress: hidden states between blocks, and the blocks that are finished.
 
+Neighbours that are stored alike share a stack, as far as the config lets them; a layer that is
+stored otherwise (other formats, bits or groups) begins a stack of its own.
+
 With a folder everything lies in files that are mapped into memory: memory stays that of one block,
 and what is finished survives a kill. The hidden states before layers i and i + 1 lie in two
 buffers, so those before layer i stay whole until layer i is noted as done.
@@ -20,6 +23,7 @@ import numpy as np
 
 from model import ModelConfig, Segment
 from model.checkpoint_folder import CheckpointError, read_json, write_json
+from model.segments import segment_at
 from weights import flatten, from_arrays, from_flat, to_arrays
 
 STATE = "state.json"
@@ -35,10 +39,10 @@ class Work:
     def __init__(
         self, config: ModelConfig, folder: Path | None = None, run: Mapping[str, Any] | None = None
     ) -> None:
-        self._segments = config.segments
+        self._config, self._segments = config, config.segments
         self._folder = folder
         self._arrays: dict[str, np.ndarray] = {}
-        self._state: dict[str, Any] = {"run": _json(run or {}), "done": 0, "segments": {}}
+        self._state: dict[str, Any] = {"run": _json(run or {}), "done": 0, "stacks": []}
         self._rows: list[dict[str, Any]] = []
         if folder is not None and (folder / STATE).exists():
             self._resume(folder)
@@ -61,15 +65,15 @@ class Work:
 
     def put(self, layer: int, params: Any, rows: list[dict[str, Any]]) -> None:
         """Note `layer` as done, with its new params and its rows of the report."""
-        segment = next(s for s in self._segments if s.start <= layer < s.stop)
         arrays, description = to_arrays(params)
         leaves = {path: np.asarray(leaf) for path, leaf in flatten(arrays).items()}
-        found = _json({"arrays": _shapes(leaves), "weights": description})
-        known = self._state["segments"].setdefault(segment.name, found)
-        if known != found:
-            raise ValueError(_difference(layer, segment, known, found))
-        for path, stack in self._stacks(segment, known).items():
-            stack[layer - segment.start] = leaves[path]
+        form = _json({"arrays": _shapes(leaves), "weights": description})
+        stacks = self._state["stacks"]
+        begins = any(layer == segment.start for segment in self._segments)
+        if begins or stacks[-1]["form"] != form:
+            stacks.append({"start": layer, "form": form})
+        for path, array in self._stack(stacks[-1]).items():
+            array[layer - stacks[-1]["start"]] = leaves[path]
         self._rows += _json(rows)
         self._state["done"] = layer + 1
         if self._folder is not None:
@@ -80,14 +84,16 @@ class Work:
             write_json(self._folder / STATE, self._state)
 
     def layers(self) -> dict[str, Any]:
-        """The finished layers, stacked by segment, as the params tree has them."""
-        return {
-            segment.name: from_arrays(
-                from_flat(self._stacks(segment, self._state["segments"][segment.name])),
-                self._state["segments"][segment.name]["weights"],
-            )
-            for segment in self._segments
-        }
+        """The finished layers in their stacks, as the params tree has them."""
+        stacks = self._state["stacks"]
+        stops = [stack["start"] for stack in stacks[1:]] + [self.done]
+        found = {}
+        for stack, stop in zip(stacks, stops, strict=True):
+            start = stack["start"]
+            arrays = {path: array[: stop - start] for path, array in self._stack(stack).items()}
+            name = Segment(start, stop, self._config.layer(start)).name
+            found[name] = from_arrays(from_flat(arrays), stack["form"]["weights"])
+        return found
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -111,12 +117,13 @@ class Work:
         rows = read_json(folder / ROWS) if state["done"] else []
         self._rows = [row for row in rows if row["layer"] < state["done"]]
 
-    def _stacks(self, segment: Segment, known: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _stack(self, stack: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Its arrays, with room for all layers that may still come to it."""
+        start = stack["start"]
+        room = segment_at(self._segments, start).stop - start
         return {
-            path: self._array(
-                f"layers/{segment.name}/{path}", (len(segment), *shape), jnp.dtype(dtype)
-            )
-            for path, (shape, dtype) in known["arrays"].items()
+            path: self._array(f"layers/{start:03d}/{path}", (room, *shape), jnp.dtype(dtype))
+            for path, (shape, dtype) in stack["form"]["arrays"].items()
         }
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -146,17 +153,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return value.item()
     return value
-
-
-def _difference(
-    layer: int, segment: Segment, known: Mapping[str, Any], found: Mapping[str, Any]
-) -> str:
-    for part in ("weights", "arrays"):
-        for path in sorted({*known[part], *found[part]}):
-            if known[part].get(path) != found[part].get(path):
-                return (
-                    f"layer {layer}: {path} would be stored as {found[part].get(path)}, but in "
-                    f"layer {segment.start} as {known[part].get(path)}; layers {segment.start} to "
-                    f"{segment.stop - 1} share one loop and must be stored alike"
-                )
-    return f"layer {layer} is stored otherwise than layer {segment.start}"

@@ -15,9 +15,9 @@ from surgery import InMemory, blocks, calibration, inject_outliers, quantize
 from surgery.quantize import awq, transforms
 from surgery.quantize.awq import AWQ
 from surgery.quantize.finequant import FineQuant, choose_group, mean_ranges
-from surgery.quantize.llm_int8 import LLMInt8
+from surgery.quantize.llm_int8 import LLMInt8, with_outliers
 from surgery.quantize.smoothquant import SmoothQuant, smoothing
-from weights import flatten, from_flat
+from weights import bits_per_weight, flatten, from_flat, stack, trimmed, unstack
 
 LLAMA = ModelConfig(
     vocab_size=64, d_model=32, num_layers=1, num_heads=4, kv_heads=4, d_ff=32, max_length=16
@@ -165,6 +165,33 @@ def test_outliers_without_room_are_counted():
     weight, report = LLMInt8(capacity=3).linear(jnp.asarray(w, jnp.float32), stats_of(x))
     assert (int(report["outliers"]), int(report["outliers_left"])) == (3, 1)
     assert weight.outlier.w.shape == (3, 32)
+
+
+def test_a_stack_has_room_for_the_outliers_of_its_layers_and_no_more():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((5, 64), (64, 16)))
+    layers = [
+        with_outliers(w, jnp.ones(64).at[10 : 10 + count].set(9.0), 6.0, 8)[0]
+        for count in (1, 3, 0)
+    ]
+    whole = stack(layers)
+    small = trimmed({"kernel": whole})["kernel"]
+    assert (whole.outlier.w.shape, small.outlier.w.shape) == ((3, 8, 16), (3, 3, 16))
+    np.testing.assert_array_equal(small.dequantize(), whole.dequantize())
+    for before, after in zip(layers, unstack(small), strict=True):
+        np.testing.assert_allclose(after.matmul(x), before.matmul(x), rtol=1e-5, atol=1e-5)
+    assert trimmed(stack([layers[2]])).outlier is None
+    config = dataclasses.replace(LLAMA, num_layers=2, d_model=64)
+    params = inject_outliers(config, init(config, jax.random.key(0)), channels=2)
+    found, rows = quantize(InMemory(config, params), LLMInt8(), TOKENS)
+    room = {}
+    for path, weight in flatten(found["layers"]["000-002"]).items():
+        mine = [row for row in rows if row["path"] == path]
+        if mine:
+            room[path] = 0 if weight.outlier is None else weight.outlier.w.shape[1]
+            assert room[path] == max(row["outliers"] for row in mine)
+            assert all(row["bits"] == bits_per_weight(weight) for row in mine)
+    assert (room["attention/query/kernel"], room["attention/output/kernel"]) == (2, 0)
 
 
 def test_smoothing_moves_everything_to_one_side_at_the_ends():

@@ -1,5 +1,6 @@
 """Surgery from checkpoint to checkpoint: tiny models in memory and on disk."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,13 +21,12 @@ from surgery import (
     InMemory,
     Options,
     Text,
-    Work,
     perplexity,
     quantize,
     quantize_checkpoint,
 )
 from surgery.__main__ import main
-from weights import Grouped, flatten, is_format, map_with_path
+from weights import Grouped, bits_per_weight, flatten, is_format, map_with_path
 
 CONFIG = ModelConfig(
     vocab_size=264,
@@ -270,15 +270,46 @@ def test_quantized_unfinished_and_sick_models_are_refused(saved, tmp_path):
     assert not list(tmp_path.glob("cured*"))
 
 
-def test_unequal_layers_name_the_first_that_differs():
-    work = Work(CONFIG)
-    params, _ = quantize(InMemory(CONFIG, params_of()), METHODS["rtn"](group=16))
-    one = jax.tree.map(lambda leaf: leaf[0], params["layers"]["000-002"])
-    work.put(0, one, [])
-    other, _ = quantize(InMemory(CONFIG, params_of()), METHODS["rtn"](group=32))
-    other = jax.tree.map(lambda leaf: leaf[1], other["layers"]["000-002"])
-    with pytest.raises(ValueError, match=r"layer 1: .*'group': 32.* layers 0 to 1 share one loop"):
-        work.put(1, other, [])
+def test_layers_that_are_stored_otherwise_are_stacked_apart_and_a_run_goes_on(saved, tmp_path):
+    params = map_with_path(  # rows that stand out, in the last layer
+        lambda path, leaf: leaf.at[1, :2].multiply(30.0) if "up/kernel" in path else leaf,
+        params_of(),
+    )
+    folder = checkpoint.save(tmp_path / "planted", CONFIG, params, ByteTokenizer().files())
+    method = METHODS["finequant"](min_group=8, alpha=1.5, by_layer=True)
+    quantize_checkpoint(folder, tmp_path / "small", "finequant", method)
+    found = checkpoint.load(tmp_path / "small")
+    assert list(found.params["layers"]) == ["000-001", "001-002"]
+    groups = {
+        path: leaf.group for path, leaf in flatten(found.params).items() if "up/kernel" in path
+    }
+    assert list(groups.values()) == [32, 8]
+    rows = [json.loads(line) for line in found.files["quantization.jsonl"].splitlines()]
+    reported = {row["layer"]: row["bits"] for row in rows if "up/kernel" in row["path"]}
+    kernels = [leaf for path, leaf in flatten(found.params).items() if "up/kernel" in path]
+    assert list(reported.values()) == [bits_per_weight(kernel) for kernel in kernels]
+    shared, _ = quantize(InMemory(CONFIG, params), METHODS["finequant"](min_group=8, alpha=1.5))
+    assert list(shared["layers"]) == ["000-002"]
+
+
+def test_what_a_site_reads_is_prepared_once_for_all_that_read_it():
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Watched(METHODS["gptq"]):
+        def prepare(self, stats):
+            jax.debug.callback(lambda count: seen.append(int(count)), stats.count)
+            return super().prepare(stats)
+
+    config = dataclasses.replace(CONFIG, num_layers=1)
+    model = InMemory(config, params_of(config))
+    for order in ("sequential", "all"):
+        options = Options(order=order)
+        found, _ = quantize(model, Watched(group=16), TOKENS, options=options)
+        expected, _ = quantize(model, METHODS["gptq"](group=16), TOKENS, options=options)
+        equal(found, expected)
+    jax.effects_barrier()
+    assert seen == [TOKENS.size] * 2 * 4  # query, key and value; output; gate and up; down
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from weights.protocol import (
 from weights.second_order import SecondOrder
 from weights.serial import FORMATS, from_arrays, to_arrays
 from weights.sparse_outlier import SparseOutlier
-from weights.stacking import stack, unstack
+from weights.stacking import stack, trimmed, unstack
 from weights.tree import Path, flatten, from_flat, map_with_path, nearest, path_string, paths
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "specs",
     "stack",
     "to_arrays",
+    "trimmed",
     "unembed",
     "unstack",
 ]

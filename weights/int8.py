@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from kernels_pallas.int8_matmul import int8_matmul
@@ -156,6 +157,18 @@ class Int8:
     def split_units(self) -> tuple[int, int]:
         """Rows and columns that must stay on one device."""
         return 1, 1
+
+    def trimmed(self) -> Int8:
+        """The same without the places of a list of outliers that no layer uses; concrete arrays."""
+        outlier = self.outlier
+        if outlier is None or outlier.index is None or outlier.w is None:
+            return self
+        used = (np.asarray(outlier.index) < self.shape[0]).reshape(-1, outlier.index.shape[-1])
+        length = 1 + int(np.flatnonzero(used.any(axis=0)).max(initial=-1))
+        if not length:
+            return dataclasses.replace(self, outlier=None)
+        index, w = outlier.index[..., :length], outlier.w[..., :length, :]
+        return dataclasses.replace(self, outlier=dataclasses.replace(outlier, index=index, w=w))
 
     def specs(self, spec: PartitionSpec) -> Int8:
         """Codes as the matrix, scales by output, outliers' rows by output."""

@@ -42,6 +42,15 @@ def unstack(weight: Any) -> list[Any]:
     return [jax.tree.map(lambda leaf: leaf[layer], weight) for layer in range(count)]
 
 
+def trimmed(tree: Any) -> Any:
+    """The same params, lists that formats keep no longer than the longest that a layer uses."""
+    return jax.tree.map(
+        lambda one: one.trimmed() if hasattr(one, "trimmed") else one,
+        tree,
+        is_leaf=lambda node: hasattr(node, "trimmed"),
+    )
+
+
 def _aligned(layers: Sequence[Any]) -> Sequence[Any]:
     """The layers with all that may be filled up, in them and in their parts, of one length."""
     first = layers[0]

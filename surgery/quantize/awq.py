@@ -65,7 +65,7 @@ class AWQ(Method):
         """Groups must fill the matrix."""
         check_group(path, shape[0], self.group)
 
-    def at(self, path: str) -> Method:
+    def at(self, path: str, layer: int | None = None) -> Method:
         """Queries and keys are not clipped: their product would lose more."""
         return dataclasses.replace(self, clip=False) if path.endswith(UNCLIPPED) else self
 

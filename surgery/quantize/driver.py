@@ -25,11 +25,13 @@ from sharding import partition
 from surgery import blocks, calibration, experts
 from surgery.blocks import Site
 from surgery.calibration import Stats
+from surgery.quantize.checks import check_finite, check_result, checked_tokens
 from surgery.quantize.errors import errors
 from surgery.quantize.method import Block, Method, Params
+from surgery.report import with_stored_bits
 from surgery.source import Source
 from surgery.work import Work
-from weights import flatten, from_flat, is_format, nearest
+from weights import flatten, from_flat, is_format, nearest, trimmed
 
 Array = jax.Array
 Progress = Callable[[int, int, str], None]
@@ -129,7 +131,7 @@ class _Run:
         check_finite(outer, "")
         self.method = self.method.plan(self._matrices())
         if self.method.inputs != "none":
-            self.tokens = _checked_tokens(self.tokens, self.method, self.runtime)
+            self.tokens = checked_tokens(self.tokens, self.method, self.runtime)
             if self.work.done == 0:
                 self._embed(outer)
         for layer in range(self.work.done, config.num_layers):
@@ -139,7 +141,8 @@ class _Run:
             self.work.put(layer, jax.device_get(params), rows)
             text = f"{time.monotonic() - began:.1f} s a layer"
             self.progress(layer + 1, config.num_layers, text)
-        return {**outer, "layers": self.work.layers()}, self.work.rows
+        params = {**outer, "layers": trimmed(self.work.layers())}
+        return params, with_stored_bits(self.work.rows, params, config)
 
     def _layer(self, layer: int, params: Params) -> tuple[Params, list[dict[str, Any]]]:
         """One block quantized; the hidden states after it are left in the work."""
@@ -180,13 +183,17 @@ class _Run:
         report: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> tuple[Params, list[dict[str, Any]]]:
         """The kernels at `paths` quantized, and the rows of the report."""
-        found, rows = flatten(params), []
+        found, rows, shared = flatten(params), [], _Shared(None, None, None)
         for path in paths:
             began = time.monotonic()
-            method, own = self.method.at(path), stats.get(path)
+            method, own = self.method.at(path, layer), stats.get(path)
             w = self._by_columns(found[path].astype(jnp.float32))
             with jax.enable_x64(method.wide or jax.config.read("jax_enable_x64")):
-                weight, notes = _linear(method, w, own, blocks.is_expert(path))
+                if blocks.is_expert(path):
+                    weight, notes = _experts(method, w, own)
+                else:
+                    shared = shared.of(method, own)
+                    weight, notes = _linear(method, w, shared.prepared)
             notes = {**(report or {}).get(path, {}), **notes, **errors(w, weight, own)}
             if own is not None and own.count.ndim:
                 notes["tokens"] = own.count
@@ -195,7 +202,7 @@ class _Run:
             seconds = round(time.monotonic() - began, 3)
             row = {"layer": layer, "path": path, "shape": list(w.shape), **notes}
             rows.append({**row, "seconds": seconds})
-            _check_result(layer, path, row)
+            check_result(layer, path, row)
             found[path] = weight
         return from_flat(found), rows
 
@@ -342,53 +349,39 @@ def check_targets(source: Source, method: Method, options: Options) -> None:
         )
 
 
-def check_finite(params: Params, where: str) -> None:
-    """Raise `ValueError` naming the first array that holds NaN or infinity."""
-    for path, leaf in flatten(params).items():
-        if is_format(leaf):
-            continue
-        wrong = int(jnp.sum(~jnp.isfinite(leaf)))
-        if wrong:
-            raise ValueError(f"{where}{path} holds {wrong:,} values that are not finite")
+@dataclass(frozen=True)
+class _Shared:
+    """What a method prepared of a site's statistics, kept while matrices that read it follow."""
+
+    method: Method | None
+    stats: Stats | None
+    prepared: Any
+
+    def of(self, method: Method, stats: Stats | None) -> _Shared:
+        if stats is self.stats and method == self.method:
+            return self
+        return _Shared(method, stats, _prepare(method, stats))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _linear(
-    method: Method, w: Array, stats: Stats | None, stacked: bool
-) -> tuple[Any, dict[str, Array]]:
-    """A method on one matrix, or on each of a stack of experts'."""
-    if stacked:
-        return jax.lax.map(lambda one: method.linear(*one), (w, stats))
-    return method.linear(w, stats)
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(method: Method, stats: Stats | None) -> Any:
+    return None if stats is None else method.prepare(stats)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linear(method: Method, w: Array, prepared: Any) -> tuple[Any, dict[str, Array]]:
+    return method.linear(w, prepared)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _experts(method: Method, w: Array, stats: Stats | None) -> tuple[Any, dict[str, Array]]:
+    """A method on each of a stack of experts', whose preparations would not all fit beside it."""
+    return jax.lax.map(lambda one: method.linear(one[0], _prepare(method, one[1])), (w, stats))
 
 
 @functools.cache
 def _stacked_places(config: Any, layout: Any) -> Any:
     return partition(abstract(config), rules(config), layout)["layers"]
-
-
-def _checked_tokens(tokens: np.ndarray | None, method: Method, runtime: Runtime) -> np.ndarray:
-    if tokens is None:
-        raise ValueError(
-            f"{type(method).__name__} learns from the inputs of layers: give calibration text "
-            "(--data=FILE)"
-        )
-    parts = 1 if runtime.layout is None else runtime.layout.size("batch")
-    if len(tokens) % parts:
-        raise ValueError(
-            f"{len(tokens)} calibration windows do not divide over {parts} devices; take "
-            f"{len(tokens) // parts * parts or parts}"
-        )
-    return tokens
-
-
-def _check_result(layer: int, path: str, row: Mapping[str, Any]) -> None:
-    loss = np.asarray(row.get("weight_error"))
-    if not np.all(np.isfinite(loss)):
-        raise ValueError(
-            f"layer {layer} {path}: the result is not finite (damping {row.get('damping')}); give "
-            "more calibration windows or a larger --damping"
-        )
 
 
 def settings(method: Method, options: Options) -> dict[str, Any]:

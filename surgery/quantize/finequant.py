@@ -34,13 +34,15 @@ class FineQuant(Method):
     alpha: a group is halved while that shrinks the mean range by more than this.
     min_group: the finest group.
     group: input channels that share a scale where nothing else is chosen; -1 is all.
-    choices: (path below a block, group) pairs that were chosen; leave empty.
+    by_layer: each layer takes the groups that it needs; those that differ are stacked apart.
+    choices: (path below a block, or layer/path, and group) pairs that were chosen; leave empty.
     """
 
     bits: int = 4
     alpha: float = 1.15
     min_group: int = 64
     group: int = -1
+    by_layer: bool = False
     choices: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,23 +55,27 @@ class FineQuant(Method):
         check_group(path, shape[0], self.min_group)
 
     def plan(self, matrices: Iterable[Mapping[str, Array]]) -> Method:
-        """The same with the finest group that any layer needs at each path, since the layers of a
-        path share one.
+        """The same with the finest group that any layer needs at each path, so that all are stored
+        alike, or with `by_layer` that of each layer.
         """
         choices: dict[str, int] = {}
-        for layer in matrices:
-            for path, w in layer.items():
+        for layer, kernels in enumerate(matrices):
+            for path, w in kernels.items():
                 stack = jnp.asarray(w).reshape(-1, *w.shape[-2:])
                 wanted = min(
                     choose_group(mean_ranges(one, self.min_group), self.alpha) for one in stack
                 )
-                choices[path] = min(choices.get(path, wanted), wanted)
+                name = self._name(path, layer)
+                choices[name] = min(choices.get(name, wanted), wanted)
         return dataclasses.replace(self, choices=tuple(sorted(choices.items())))
 
-    def at(self, path: str) -> Method:
-        """With the group chosen for a path."""
-        group = dict(self.choices).get(path, self.group)
+    def at(self, path: str, layer: int | None = None) -> Method:
+        """With the group chosen for a path, or for it in one layer."""
+        group = dict(self.choices).get(self._name(path, layer), self.group)
         return dataclasses.replace(self, group=group, choices=())
+
+    def _name(self, path: str, layer: int | None) -> str:
+        return f"{layer}/{path}" if self.by_layer else path
 
     def linear(self, w: Array, stats: Stats | None) -> tuple[Any, Report]:
         """`Grouped` codes of `w [K, N]`, the same levels on both sides of 0."""

@@ -24,6 +24,23 @@ STATISTICS = ("block", "live")
 PRECISIONS = ("float32", "float64")
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factored:
+    """What rounding needs of `H [K, K]`, the same for all matrices that read a site.
+
+    factor: `U [K, K]` of `obs.inverse_factor`, in the order of rounding.
+    dead: bool[K], inputs that were always 0.
+    order: int32[K], the order of rounding; None is as they stand.
+    damping: what was used.
+    """
+
+    factor: Array
+    dead: Array
+    order: Array | None
+    damping: Array
+
+
 @dataclass(frozen=True)
 class GPTQ(Method):
     """GPTQ, one-shot rounding with second-order error feedback.
@@ -78,23 +95,37 @@ class GPTQ(Method):
         name = "gptq_symmetric" if self.symmetric else "gptq"
         return Grid(self.bits, **CONVENTIONS[name])
 
-    def linear(self, w: Array, stats: Stats | None) -> tuple[Any, Report]:
+    def prepare(self, stats: Stats) -> Factored:
+        """The factorization, once for a site."""
+        return self.factored(stats.hessian().astype(self.precision))
+
+    def linear(self, w: Array, stats: Factored | None) -> tuple[Any, Report]:
         """`Grouped` codes of `w [K, N]`; within `Permuted` with act_order and no static groups."""
         assert stats is not None
-        return self.solve(w.astype(self.precision), stats.hessian().astype(self.precision))
+        return self.round(w.astype(self.precision), stats)
 
     def solve(self, w: Array, hessian: Array) -> tuple[Any, Report]:
         """The same, given `H [K, K]` up to a factor; computed in the dtype of both."""
-        rows = w.shape[0]
-        group = group_size(self.group, rows)
-        w, hessian = obs.without_dead(w, hessian)
-        fixed = self._fit(w, group) if self._fits_first(group, rows) else None
+        return self.round(w, self.factored(hessian))
+
+    def factored(self, hessian: Array) -> Factored:
+        """What `round` needs of `H [K, K]`."""
+        hessian, dead = obs.without_dead(hessian)
         order = jnp.argsort(-jnp.diagonal(hessian), stable=True) if self.act_order else None
         if order is not None:
-            w, hessian = w[order], hessian[order][:, order]
+            hessian = hessian[order][:, order]
         factor, damping = obs.inverse_factor(hessian, self.damping)
+        return Factored(factor, dead, order, damping)
+
+    def round(self, w: Array, known: Factored) -> tuple[Any, Report]:
+        """The codes of `w [K, N]`, and the report."""
+        rows, order = w.shape[0], known.order
+        group = group_size(self.group, rows)
+        w = jnp.where(known.dead[:, None], 0, w)
+        fixed = self._fit(w, group) if self._fits_first(group, rows) else None
+        w = w if order is None else w[order]
         place = jnp.arange(rows) if order is None or not self._keeps_groups else order
-        rounded, (scale, zero), loss = self._round(w, factor, fixed, place // group, group)
+        rounded, (scale, zero), loss = self._round(w, known.factor, fixed, place // group, group)
         if order is not None and self._keeps_groups:
             rounded = jnp.zeros_like(rounded).at[order].set(rounded)
         weight = grouped.from_codes(
@@ -104,7 +135,7 @@ class GPTQ(Method):
             bits=self.bits,
             group=group,
         )
-        report = {"damping": damping, "loss": jnp.sum(loss)}
+        report = {"damping": known.damping, "loss": jnp.sum(loss)}
         if order is not None and not self._keeps_groups:
             return Permuted(weight, order.astype(jnp.int32)), report
         return weight, report

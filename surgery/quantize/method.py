@@ -55,10 +55,16 @@ class Method(abc.ABC):
         """Whether it can quantize experts of a feed-forward, each by what it reads itself."""
         return True
 
+    def prepare(self, stats: Stats) -> Any:
+        """What `linear` is given of a site's statistics: made once for all matrices that read it.
+        Traced by `jax.jit`.
+        """
+        return stats
+
     @abc.abstractmethod
-    def linear(self, w: Array, stats: Stats | None) -> tuple[Any, Report]:
-        """The weight that replaces `w float32[K, N]`, and scalars for the report. Traced by
-        `jax.jit`.
+    def linear(self, w: Array, stats: Any) -> tuple[Any, Report]:
+        """The weight that replaces `w float32[K, N]`, and scalars for the report; `stats` is what
+        `prepare` made, None without calibration. Traced by `jax.jit`.
         """
 
     def check(self, path: str, shape: tuple[int, int]) -> None:  # noqa: B027
@@ -72,8 +78,8 @@ class Method(abc.ABC):
         """
         return self
 
-    def at(self, path: str) -> Method:
-        """The method for the matrices at one path of all blocks."""
+    def at(self, path: str, layer: int | None = None) -> Method:
+        """The method for the matrices at one path, of all layers or of one."""
         return self
 
     def transform(self, block: Block, targets: frozenset[str]) -> tuple[Block, Report]:

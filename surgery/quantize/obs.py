@@ -26,13 +26,13 @@ Quantize = Callable[[Any, Array, Array], tuple[Array, Any]]
 """`quantize(state, k, w_k [N]) -> (rounded [N], state)`."""
 
 
-def without_dead(w: Array, hessian: Array) -> tuple[Array, Array]:
-    """`W [K, N]` and `H [K, K]` where inputs that were never other than 0 have weights 0 and a
-    diagonal of 1.
+def without_dead(hessian: Array) -> tuple[Array, Array]:
+    """`H [K, K]` with a diagonal of 1 at inputs that were never other than 0, and these,
+    `bool[K]`.
     """
     dead = jnp.diagonal(hessian) == 0
     diagonal = jnp.where(dead, 1.0, jnp.diagonal(hessian)).astype(hessian.dtype)
-    return jnp.where(dead[:, None], 0, w), _with_diagonal(hessian, diagonal)
+    return _with_diagonal(hessian, diagonal), dead
 
 
 def inverse_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
