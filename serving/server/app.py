@@ -1,0 +1,211 @@
+"""The routes: `create_app` puts an engine behind OpenAI's API and a few of vLLM's own."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from serving.server.backend import Engine
+from serving.server.chat import chat
+from serving.server.completions import complete
+from serving.server.embeddings import embed
+from serving.server.errors import ApiError, JsonResponse, as_api_error
+from serving.server.limits import Gate
+from serving.server.logs import log_stats
+from serving.server.prompts import check_ids, encode_messages, encode_text
+from serving.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from serving.server.service import Service
+from serving.server.settings import ServerSettings
+
+
+class ErrorInfo(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorInfo
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+
+def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
+    """An ASGI app that starts the engine when it is started, and stops it at the end.
+
+    `app.state.service` is its `Service`. Raises `ValueError` for an engine without tokenizer.
+    """
+    service = Service(engine, settings or ServerSettings())
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncGenerator[None]:
+        engine.start()
+        service.is_up = True
+        stats = asyncio.create_task(log_stats(service))
+        try:
+            yield
+        finally:
+            stats.cancel()
+            with suppress(asyncio.CancelledError):
+                await stats
+            await engine.stop()
+
+    app = FastAPI(title="Sheaf", version=version(), lifespan=life, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(Gate, service=service)
+    for kind in (HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _told)
+    for router in (_generation(service), _models(service), _tokens(service), _state(service)):
+        app.include_router(router)
+    return app
+
+
+def version() -> str:
+    """The installed package's version."""
+    try:
+        return importlib.metadata.version("sheaf")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    told = as_api_error(error)
+    assert told is not None
+    return told.response()
+
+
+def _generation(service: Service) -> APIRouter:
+    routes = APIRouter(responses=ERRORS)
+
+    @routes.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Texts that continue prompts."""
+        return await complete(service, body, request.scope["note"])
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answers to a conversation."""
+        return await chat(service, body, request.scope["note"])
+
+    @routes.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        """Vectors of texts."""
+        return await embed(service, body)
+
+    return routes
+
+
+def _models(service: Service) -> APIRouter:
+    routes = APIRouter(responses=ERRORS)
+
+    def model(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "sheaf",
+            "root": service.names[0],
+            "parent": None,
+            "max_model_len": service.engine.limits.max_model_len,
+        }
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        """The names of the model."""
+        return JsonResponse({"object": "list", "data": [model(name) for name in service.names]})
+
+    @routes.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        """One of them."""
+        service.check_model(name)
+        return JsonResponse(model(name))
+
+    @routes.get("/version")
+    async def get_version() -> Response:
+        """Of the server."""
+        return JsonResponse({"version": version()})
+
+    return routes
+
+
+def _tokens(service: Service) -> APIRouter:
+    routes = APIRouter(responses=ERRORS)
+    engine, tokenizer = service.engine, service.tokenizer
+
+    @routes.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Ids of a prompt or a chat."""
+        service.check_model(body.model)
+        if body.messages is not None and body.prompt is None:
+            ids = await encode_messages(tokenizer, engine.template, body.messages, body)
+        elif body.prompt is not None and body.messages is None:
+            given = (body.prompt, body.add_special_tokens, "prompt")
+            ids = await asyncio.to_thread(encode_text, tokenizer, *given)
+        else:
+            message = "the body must have either prompt or messages"
+            raise ApiError(400, message, param="prompt")
+        longest = engine.limits.max_model_len
+        return JsonResponse({"count": len(ids), "max_model_len": longest, "tokens": ids})
+
+    @routes.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of ids."""
+        service.check_model(body.model)
+        ids = check_ids(tokenizer, body.tokens, "tokens")
+        return JsonResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """Special tokens and the chat template, for clients that render chats themselves."""
+        roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
+        told = {name: i if i is None else tokenizer.decode([i]) for name, i in roles.items()}
+        templates = {} if engine.template is None else engine.template.templates
+        return JsonResponse({**told, "chat_template": templates.get("default")})
+
+    return routes
+
+
+def _state(service: Service) -> APIRouter:
+    routes = APIRouter(responses=ERRORS)
+
+    @routes.get("/health")
+    async def health() -> Response:
+        """200 while the engine lives."""
+        if not service.engine.healthy:
+            raise ApiError(503, "the engine has failed; the server's log says why")
+        return JsonResponse({"status": "ok"})
+
+    @routes.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken."""
+        service.check_ready()
+        return JsonResponse({"status": "ready"})
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Numbers in Prometheus' text format."""
+        content, media_type = service.metrics.render()
+        return Response(content, media_type=media_type)
+
+    return routes
