@@ -18,8 +18,7 @@ from kernels_pallas.attention import attention
 from model import norms
 from model.arrays import ArraySpec, hidden_kernel, output_std, vector
 from model.remat import ATTENTION_OUTPUT
-from sharding import constrain, context_attention
-from weights import linear
+from sharding import constrain, context_attention, split_linear
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -70,7 +69,9 @@ def apply(
     """
     q, k, v = _project(params, x, config, context)
     out, carry = attend(q, k, v, config, context, carry)
-    y = linear(params["output"], out.reshape(*x.shape[:2], -1), context.key("output"))
+    out = out.reshape(*x.shape[:2], -1)
+    layout, key = context.runtime.layout, context.key("output")
+    y = split_linear(params["output"], out, ("heads", "d_model"), layout, key)
     return y, carry, {"taps": {"query": q, "key": k, "value": v, "attention_heads": out}}
 
 
@@ -113,7 +114,7 @@ def _project(
     layout = context.runtime.layout
     projected = []
     for name, axis in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
-        y = linear(params[name], x, context.key(name))
+        y = split_linear(params[name], x, ("d_model", axis), layout, context.key(name))
         if config.qk_norm != "none" and name != "value":
             y = _qk_norm(params[f"{name}_norm"], y, config)
         y = y.reshape(*x.shape[:2], -1, config.head_dim)

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.arrays import ArraySpec, hidden_kernel, output_std, vector
-from sharding import constrain
-from weights import linear
+from sharding import constrain, split_linear
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -51,14 +50,16 @@ def apply(
     carry: dict[str, Any],
 ) -> tuple[Array, dict[str, Any], dict[str, Any]]:
     """`[batch, length, d_model] -> [batch, length, d_model]`, gated if the params hold a gate."""
-    activation = ACTIVATIONS[config.activation]
-    up = linear(params["up"], x, context.key("up"))
+    activation, layout = ACTIVATIONS[config.activation], context.runtime.layout
+    axes = ("d_model", "d_ff")
+    up = split_linear(params["up"], x, axes, layout, context.key("up"))
     if "gate" in params:
-        hidden = activation(linear(params["gate"], x, context.key("gate"))) * up
+        gate = split_linear(params["gate"], x, axes, layout, context.key("gate"))
+        hidden = activation(gate) * up
     else:
         hidden = activation(up)
-    hidden = constrain(hidden, ("batch", "length", "d_ff"), context.runtime.layout)
-    y = linear(params["down"], hidden, context.key("down"))
+    hidden = constrain(hidden, ("batch", "length", "d_ff"), layout)
+    y = split_linear(params["down"], hidden, axes[::-1], layout, context.key("down"))
     return y, carry, {"taps": {"feed_forward_hidden": hidden}}
 
 

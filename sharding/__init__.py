@@ -26,6 +26,7 @@ from sharding.layout import (
 )
 from sharding.mesh import AXES, MeshConfig, make_mesh
 from sharding.partition import check_divisible, partition, sharded_init, state_shardings
+from sharding.products import split_linear
 from sharding.rules import Rule, match_rules, override_axes, prefixed, rules_table
 
 __all__ = [
@@ -56,5 +57,6 @@ __all__ = [
     "rows_of_process",
     "rules_table",
     "sharded_init",
+    "split_linear",
     "state_shardings",
 ]

@@ -28,8 +28,10 @@ from weights.protocol import (
     nominal_bits,
     prepare,
     runtime_nbytes,
+    separable,
     size,
     specs,
+    split_units,
 )
 from weights.second_order import SecondOrder
 from weights.serial import FORMATS, from_arrays, to_arrays
@@ -77,8 +79,10 @@ __all__ = [
     "paths",
     "prepare",
     "runtime_nbytes",
+    "separable",
     "size",
     "specs",
+    "split_units",
     "stack",
     "to_arrays",
     "trimmed",

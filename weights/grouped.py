@@ -140,6 +140,11 @@ class Grouped:
         """Rows and columns that must stay on one device."""
         return code_forms.split_rows(self.form, self.bits, self.group, self.shape[0]), 1
 
+    @property
+    def separable(self) -> tuple[bool, bool]:
+        """Rows are on their own, inputs if there are several groups."""
+        return True, self.groups > 1
+
     def specs(self, spec: PartitionSpec) -> Grouped:
         """Codes, scales and zeros are split as the matrix, on their own smaller axes."""
         by_group = code_forms.group_spec(spec, self.groups)

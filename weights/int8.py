@@ -170,6 +170,15 @@ class Int8:
         index, w = outlier.index[..., :length], outlier.w[..., :length, :]
         return dataclasses.replace(self, outlier=dataclasses.replace(outlier, index=index, w=w))
 
+    @property
+    def separable(self) -> tuple[bool, bool]:
+        """Rows are on their own unless a range or outliers are found over all of them; inputs if
+        they are not coded.
+        """
+        by_row = self.act is None or self.act.mode != "tensor"
+        fixed = self.outlier is None or self.outlier.w is not None
+        return by_row and fixed, self.act is None and self.outlier is None
+
     def specs(self, spec: PartitionSpec) -> Int8:
         """Codes as the matrix, scales by output, outliers' rows by output."""
         inputs, outputs = code_forms.matrix_axes(spec)

@@ -75,6 +75,11 @@ class LowRank(OverBase):
         scale = self.scale[..., None, None]
         return (protocol.dequantize(self.base) + scale * added).astype(dtype)
 
+    @property
+    def separable(self) -> tuple[bool, bool]:
+        """As the base, unless some of the input is left out by chance."""
+        return (False, False) if self.dropout > 0 else protocol.separable(self.base)
+
     def specs(self, spec: PartitionSpec) -> LowRank:
         """The rank is never split."""
         inputs, outputs = code_forms.matrix_axes(spec)

@@ -140,6 +140,11 @@ class Lut:
         """Rows and columns that must stay on one device."""
         return code_forms.split_rows(self.form, self.bits, self.group, self.shape[0]), 1
 
+    @property
+    def separable(self) -> tuple[bool, bool]:
+        """Rows are on their own, inputs if there are several groups."""
+        return True, self.groups > 1
+
     def specs(self, spec: PartitionSpec) -> Lut:
         """Codes, scales, offsets and select are split as the matrix; tables are everywhere."""
         by_group = code_forms.group_spec(spec, self.groups)

@@ -50,6 +50,11 @@ class Permuted(OverBase):
         back = jnp.argsort(self.perm, axis=-1)[..., None]
         return jnp.take_along_axis(protocol.dequantize(self.base, dtype), back, axis=-2)
 
+    @property
+    def separable(self) -> tuple[bool, bool]:
+        """Rows as of the base; inputs are put in order whole."""
+        return protocol.separable(self.base)[0], False
+
     def specs(self, spec: PartitionSpec) -> Permuted:
         """The base as the matrix; the order is everywhere."""
         return Permuted(protocol.specs(self.base, spec), PartitionSpec())  # pyright: ignore

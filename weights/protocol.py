@@ -124,6 +124,13 @@ def split_units(weight: Any) -> tuple[int, int]:
     return weight.split_units() if hasattr(weight, "split_units") else (1, 1)
 
 
+def separable(weight: Any) -> tuple[bool, bool]:
+    """Whether a format's product may be made of parts: of some rows of the input by themselves, and
+    of some of the inputs, whose products are then summed. A format that does not say may not.
+    """
+    return getattr(weight, "separable", (False, False))
+
+
 def check_split(path: str, weight: Any, degrees: tuple[int, int]) -> None:
     """Raise `ValueError` if a format cannot be cut into so many pieces along its rows and columns.
 
