@@ -24,6 +24,21 @@ for name, value in flags.items():
     if name not in os.environ.setdefault("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] += f" --{name}={value}"
 
+
+def pytest_addoption(parser):
+    text = "of each test with many cases run the first alone, to see that it runs on other versions"
+    parser.addoption("--one-case", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the further cases of a test out, if asked to."""
+    if config.getoption("--one-case"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        left_out = [item for item in items if first[item.nodeid.partition("[")[0]] is not item]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if first[item.nodeid.partition("[")[0]] is item]
+
+
 MOST_MAPPINGS = 20_000
 """Of a process. Each compiled program takes some; at 65,530 Linux refuses more, and XLA crashes."""
 
