@@ -1,0 +1,173 @@
+"""`python -m planning`: what a run or a server would take.
+
+    python -m planning compile --config=configs/k2_65b.py --topology=v5p:8x8x16
+    python -m planning roofline --config=configs/llama2_7b.py --hardware=h100 --batch=8
+    python -m planning serve --config=configs/llama2_7b.py --hardware=h100,tpu-v5e
+
+Any `--config.FIELD=VALUE` changes the config, as in train.py. `compile` needs libtpu (`pip install
+'sheaf[tpu]'`) and no TPU; its exit status is 0 if the step fits, 1 if not, 2 for wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    known, overrides = _parser().parse_known_args(arguments)
+    try:
+        return known.run(known, _config(known.config, overrides))
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("SHEAF_TRACEBACK"):
+            raise
+        print(f"python -m planning: {error}", file=sys.stderr)
+        return 2
+
+
+def _config(path: str, flags: list[str]) -> Any:
+    from training.command_line import parse
+
+    for flag in flags:
+        if not flag.startswith("--config."):
+            raise ValueError(f"{flag}: no such flag; --help lists them")
+    return parse([f"--config={path}", *flags]).config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m planning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, title: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=title, description=title, allow_abbrev=False)
+        added.set_defaults(run=run)
+        added.add_argument("--config", required=True, help="a recipe of configs/")
+        added.add_argument("--json", help="also write the figures to this file")
+        return added
+
+    ahead = command("compile", _compile, "compile the training step for a TPU slice")
+    ahead.add_argument("--topology", required=True, help="such as v5p:8x8x16, or 2*v5e:16x16")
+
+    roofline = command("roofline", _roofline, "time of each operator at least")
+    roofline.add_argument("--hardware", required=True, help="a name of the table")
+    roofline.add_argument("--batch", type=int, default=1)
+    roofline.add_argument("--context", type=int, default=2048, help="tokens (default: 2048)")
+    roofline.add_argument("--plot", help="draw prefill and decode under the roof to this file")
+
+    serve = command("serve", _serve, "latency, speed and memory of serving")
+    serve.add_argument("--hardware", required=True, help="names, with commas")
+    serve.add_argument("--prompt", type=int, default=1024, help="tokens (default: 1024)")
+    serve.add_argument("--output", type=int, default=256, help="tokens (default: 256)")
+    serve.add_argument("--batch", type=int, help="sequences; without it the best under the limits")
+    serve.add_argument("--ttft-limit", type=float, help="seconds to the first token")
+    serve.add_argument("--tpot-limit", type=float, help="seconds between tokens")
+    serve.add_argument("--tensor", type=int, default=1, help="devices that share the model")
+    serve.add_argument("--efficiency", type=float, default=1.0, help="of every peak (default: 1)")
+    serve.add_argument("--requirements", action="store_true", help="the least hardware instead")
+
+    for each in (roofline, serve):
+        each.add_argument("--weight-bits", type=float, default=16.0)
+        each.add_argument("--cache-bits", type=float, default=16.0)
+        each.add_argument("--activation-bits", type=float, default=16.0)
+        each.add_argument("--hardware-json", help="a file with more hardware")
+    return parser
+
+
+def _print(*parts: Any) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for part in parts:
+        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+
+
+def _write(path: str | None, figures: Any) -> None:
+    if path:
+        with open(path, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+def _compile(known: argparse.Namespace, config: Any) -> int:
+    from planning.compile_ahead import compile_training, parse_topology
+    from planning.show import plan_text
+
+    plan = compile_training(config, parse_topology(known.topology))
+    _print(*plan_text(plan))
+    _write(known.json, dataclasses.asdict(plan))
+    return 0 if plan.fits else 1
+
+
+def _bits(known: argparse.Namespace) -> Any:
+    from planning.operators import Bits
+
+    return Bits(
+        weights=known.weight_bits, activations=known.activation_bits, cache=known.cache_bits
+    )
+
+
+def _hardware(known: argparse.Namespace) -> dict[str, Any]:
+    from planning.hardware import hardware, read_hardware
+
+    more = read_hardware(known.hardware_json) if known.hardware_json else {}
+    return {name: hardware(name, more) for name in known.hardware.split(",")}
+
+
+def _roofline(known: argparse.Namespace, config: Any) -> int:
+    from planning.operators import decode, operators, prefill
+    from planning.roofline import timed
+    from planning.show import draw_roofline, roofline_table
+
+    bits, drawn = _bits(known), []
+    ((name, device),) = _hardware(known).items()
+    for kind, work in (
+        ("prefill", prefill(known.batch, known.context)),
+        ("decode", decode(known.batch, known.context)),
+    ):
+        found = timed(operators(config.model, work, bits), device, bits)
+        title = f"{kind} on {name}: batch {known.batch}, {known.context} tokens (a lower bound)"
+        _print(roofline_table(title, found), "")
+        drawn += found
+    if known.plot:
+        draw_roofline(known.plot, device, f"{config.name} on {name}", drawn)
+    return 0
+
+
+def _serve(known: argparse.Namespace, config: Any) -> int:
+    from planning.inference import Plan, UseCase, best_batch, estimate, requirements
+    from planning.roofline import Efficiency
+    from planning.show import report_table
+
+    share = Efficiency(*[known.efficiency] * 3)
+    limits = {"ttft_limit": known.ttft_limit, "tpot_limit": known.tpot_limit}
+    case = UseCase(known.prompt, known.output, known.batch or 1, **limits)
+    reports = []
+    for name, device in _hardware(known).items():
+        plan = Plan(device, known.tensor, share, _bits(known))
+        if known.requirements:
+            least, binds = requirements(config.model, case, plan)
+            _print(f"least hardware, from {name}: {least}; it must grow most in {binds}")
+            continue
+        batch = known.batch or best_batch(config.model, case, plan)
+        used = dataclasses.replace(case, batch=max(batch, 1))
+        report = estimate(config.model, used, plan)
+        reports.append((f"{known.tensor} x {name}, batch {batch}", report))
+    if reports:
+        title = f"{config.name}: {known.prompt} tokens in, {known.output} out (a lower bound)"
+        _print(report_table(title, reports))
+        _write(known.json, {name: dataclasses.asdict(report) for name, report in reports})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Bytes that a run holds on one device, by what they are for, in closed form.
+
+`planning.compile_ahead` asks the compiler for the same; this is for ranking many plans at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from model import ModelConfig, count_parameters
+from model.parameters import describe
+from planning.operators import Bits, cache_bytes_per_token
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of one parameter in each role; the defaults are Adam in mixed precision.
+
+    weights: what is multiplied. gradients. master: float32 copy of the weights. moments: optimizer.
+    """
+
+    weights: float = 2
+    gradients: float = 4
+    master: float = 4
+    moments: float = 8
+
+
+@dataclass(frozen=True)
+class Split:
+    """Devices that a run is divided over.
+
+    data, fsdp, tensor, stage, context, expert: sizes of the mesh's axes. zero: roles that are
+    divided over data and fsdp too: 0 none, 1 master and moments, 2 gradients too, 3 weights too;
+    fsdp always divides all.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    stage: int = 1
+    context: int = 1
+    expert: int = 1
+    zero: int = 3
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < (0 if field.name == "zero" else 1):
+                raise ValueError(f"{field.name}={getattr(self, field.name)}; at least 1")
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.data * self.fsdp * self.tensor * self.stage * self.context * self.expert
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by kind."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+def training_memory(
+    config: ModelConfig,
+    split: Split,
+    *,
+    micro_batch: int,
+    length: int,
+    remat: bool = True,
+    micro_batches: int = 1,
+    stored: Stored | None = None,
+) -> Memory:
+    """Bytes on the fullest device.
+
+    micro_batch: sequences on each data shard in one pass. micro_batches: passes that the pipeline
+    holds in flight at most, as many as it has stages (1F1B). remat: only a block's input is kept;
+    else what Megatron counts without scores (arXiv 2205.05198, eq. 2): 34 s b d_model bytes.
+    """
+    stored = stored or Stored()
+    share = count_parameters(config) / (split.tensor * split.stage * split.fsdp * split.expert)
+    divided = [split.data if split.zero >= level else 1 for level in (3, 2, 1)]
+    tokens = micro_batch * length / split.context
+    in_flight = min(micro_batches, split.stage)
+    layers = -(-config.num_layers // split.stage)
+    block = 34 * tokens * config.d_model / split.tensor
+    kept = 2 * tokens * config.d_model / split.tensor if remat else block
+    return Memory(
+        weights=share * stored.weights / divided[0],
+        gradients=share * stored.gradients / divided[1],
+        optimizer=share * (stored.master + stored.moments) / divided[2],
+        activations=in_flight * layers * kept + (block if remat else 0.0),
+        logits=6 * tokens * config.vocab_size / split.tensor,
+    )
+
+
+def inference_memory(
+    config: ModelConfig, batch: int, length: int, bits: Bits | None = None, devices: int = 1
+) -> tuple[float, float]:
+    """`(weights, cache)` in bytes on one of `devices` that share the model: all experts, and
+    `batch` sequences of `length` tokens (of a sliding window no more than it sees).
+    """
+    bits = bits or Bits()
+    outside = sum(
+        math.prod(spec.shape) for spec, segment in describe(config).values() if not segment
+    )
+    weights = (count_parameters(config) - outside) * bits.weights / 8 + outside * bits.head / 8
+    cache = 0.0
+    for segment in config.segments:
+        layer = segment.layer
+        kept = min(length, layer.sliding_window or length)
+        one = dataclasses.replace(layer, num_layers=1, layer_overrides=())
+        cache += len(segment) * batch * kept * cache_bytes_per_token(one, bits)
+    return weights / devices, cache / devices

@@ -1,0 +1,160 @@
+"""Tables and pictures of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from planning.hardware import Hardware
+from planning.inference import Report
+from planning.operators import total_bytes, total_flops
+from planning.roofline import Timed, merged, seconds
+
+if TYPE_CHECKING:
+    from planning.compile_ahead import Plan
+
+GIB = 2**30
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """`12.3 G`, with three digits."""
+    for size, prefix in PREFIXES:
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def duration(value: float) -> str:
+    """Seconds as `1.23 ms`."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def roofline_table(title: str, found: Sequence[Timed]) -> Table:
+    """A row an operator, those of equal size put together, and the sum."""
+    rows = [
+        (
+            each.op.name,
+            str(each.op.count),
+            quantity(each.op.flops),
+            quantity(each.op.bytes, "B"),
+            f"{each.op.intensity:.4g}",
+            duration(each.seconds * each.op.count),
+            each.bound,
+        )
+        for each in merged(found)
+    ]
+    ops = [each.op for each in found]
+    flops, moved = total_flops(ops), total_bytes(ops)
+    total = (quantity(flops), quantity(moved, "B"), f"{flops / moved:.4g}")
+    rows.append(("all", "", *total, duration(seconds(found)), ""))
+    columns = ("operator", "count", "FLOPs", "moved", "FLOPs/B", "time", "bound by")
+    return table(title, columns, rows)
+
+
+def report_table(title: str, reports: Sequence[tuple[str, Report]]) -> Table:
+    """A row a plan."""
+    rows = [
+        (
+            name,
+            duration(each.ttft),
+            duration(each.tpot),
+            f"{each.tokens_per_second:,.0f}",
+            f"{each.weights / GIB:.1f}",
+            f"{each.cache / GIB:.1f}",
+            "yes" if each.fits else "no",
+            f"{each.prefill.bound} / {each.decode.bound}",
+        )
+        for name, each in reports
+    ]
+    columns = ("hardware", "first token", "each token", "tokens/s", "weights GiB", "cache GiB")
+    return table(title, (*columns, "fits", "bound by (prefill / decode)"), rows)
+
+
+def plan_text(plan: Plan) -> list[Any]:
+    """What to print of a compiled step."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
+    memory = [
+        (kind, f"{value / GIB:.3f}", f"{value / plan.limit:.1%}")
+        for kind, value in (
+            ("parameters", plan.parameters),
+            ("optimizer state", plan.optimizer),
+            ("batch", plan.batch),
+            ("temporaries", plan.temporaries),
+            ("all", plan.memory),
+            ("limit", plan.limit),
+        )
+    ]
+    exchanged = [
+        (
+            each.kind,
+            ", ".join(each.axes) or "?",
+            each.dtype,
+            str(each.devices),
+            quantity(each.size, "B"),
+            f"{each.count:,}",
+            quantity(each.sent, "B"),
+        )
+        for each in plan.collectives[:20]
+    ]
+    step = [
+        ("computing, at the peak", duration(plan.compute_seconds)),
+        ("network, one after another", duration(plan.network_seconds)),
+        ("of which between slices", duration(plan.between_slices)),
+        ("MFU if all overlaps", f"{plan.utilization(plan.overlapped_seconds):.1%}"),
+        ("MFU if nothing overlaps", f"{plan.utilization(plan.serial_seconds):.1%}"),
+        ("limited by", plan.limited_by),
+    ]
+    name = f"{plan.topology.slices} x {plan.topology.name}"
+    title = (
+        f"{quantity(plan.parameter_count)} parameters on {name}, {mesh}; "
+        f"{plan.tokens:,} tokens a step, {quantity(plan.flops)} FLOPs; "
+        f"compiled in {plan.compile_seconds:.1f} s"
+    )
+    columns = ("collective", "axes", "type", "devices", "array", "times", "sent by a device")
+    return [
+        title,
+        table("\nmemory of a device", ("", "GiB", "of the limit"), memory),
+        table("\ncollectives of a step, most bytes first", columns, exchanged),
+        table("\na step", ("", ""), step),
+    ]
+
+
+def draw_roofline(path: str | Path, device: Hardware, title: str, found: Sequence[Timed]) -> None:
+    """Operators under the roof of a device: FLOPs a byte against FLOP/s."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    x = np.logspace(-1, 4, 200)
+    axes.loglog(x, np.minimum(device.bf16_flops, x * device.bandwidth), color="black")
+    for each in merged(found):
+        reached = each.op.flops / each.seconds
+        axes.plot(each.op.intensity, reached, "o", label=each.op.name, alpha=0.7)
+    axes.axvline(device.turning_point, color="grey", linewidth=0.7, linestyle=":")
+    axes.set_xlabel("FLOPs a byte")
+    axes.set_ylabel("FLOP/s at most")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

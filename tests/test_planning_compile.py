@@ -1,0 +1,131 @@
+"""The training step compiled for TPU slices that are not there, and what is read from its text."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from kernels_pallas.tpu_topology import why_not
+from model import ModelConfig, count_parameters
+from planning.compile_ahead import compile_training, parse_topology
+from planning.hlo import collectives
+from training.command_line import parse
+
+HLO = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%start (p: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %p = bf16[2,8]{1,0} parameter(0)
+  %gather.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}
+  ROOT %c.1 = (bf16[8,8]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p: bf16[2,8]) -> bf16[8,8] {
+  %p.2 = bf16[2,8]{1,0} parameter(0)
+  %gather.2 = bf16[8,8]{1,0} all-gather(%p.2), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}
+  ROOT %c.2 = bf16[8,8] custom-call(%gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (t: (s32[], bf16[2,8])) -> (s32[], bf16[2,8]) {
+  %t = (s32[], bf16[2,8]) parameter(0)
+  %f.1 = (bf16[2,8], bf16[8,8]) fusion(%t), kind=kCustom, calls=%start
+  %f.2 = bf16[8,8] fusion(%f.1), kind=kCustom, calls=%done
+  %split = f32[4]{0} reduce-scatter(f32[8]{0} %x), replica_groups={{0,4},{1,5}}, to_apply=%add
+  ROOT %r = (s32[], bf16[2,8]) tuple(%t)
+}
+
+%condition (t: (s32[], bf16[2,8])) -> pred[] {
+  %t.2 = (s32[], bf16[2,8]) parameter(0)
+  %n = s32[]{:T(128)} constant(5)
+  %i = s32[] get-tuple-element(%t.2), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[2,8]) -> bf16[2,8] {
+  %x = bf16[2,8] parameter(0)
+  %loop = (s32[], bf16[2,8]) while(%x), condition=%condition, body=%body
+  %outer = f32[16]{0} all-reduce(%loop), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  %whole = s8[16]{0} all-reduce(%loop), channel_id=5, replica_groups=[1,8]<=[8], to_apply=%add
+  %part = f32[4]{0} all-to-all(%loop), channel_id=6, replica_groups=mesh['z'=8] {'z':(4)2}
+  %next = f32[4]{0} collective-permute(%loop), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  %far = (f32[8]{0}, u32[]) send(f32[8]{0} %outer), channel_id=9, is_host_transfer=true
+  ROOT %out = bf16[2,8] copy(%x)
+}
+"""
+
+
+def test_exchanges_are_counted_as_often_as_loops_run_them_and_named_by_their_axes():
+    found = collectives(HLO, {"data": 2, "fsdp": 4})
+    assert {
+        (each.kind, each.dtype, each.size, each.devices, each.axes, each.count) for each in found
+    } == {
+        ("all_gather", "bf16", 128.0, 4, ("fsdp",), 5),
+        ("reduce_scatter", "f32", 32.0, 2, ("data",), 5),
+        ("all_reduce", "f32", 64.0, 4, ("fsdp",), 1),
+        ("all_reduce", "s8", 16.0, 8, ("data", "fsdp"), 1),
+        ("all_to_all", "f32", 16.0, 2, ("fsdp",), 1),
+        ("permute", "f32", 16.0, 2, ("fsdp",), 1),
+        ("between_slices", "f32", 32.0, 2, (), 1),
+    }
+    assert found[0].sent == 5 * 128 * 3 / 4
+    with pytest.raises(ValueError, match="no ENTRY"):
+        collectives("HloModule empty", {"data": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5p-128", "write generation:AxBxC"),
+        ("v5q:2x2", "nearest: v5p"),
+        ("v5e:2x2x2", "v5e has 2 axes, not 3"),
+    ],
+)
+def test_wrong_topologies_are_named(name, said):
+    with pytest.raises(ValueError, match=said):
+        parse_topology(name)
+
+
+tpu = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def tiny(**mesh):
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    flags.append("--config.optimizer.name=adamw")
+    config = parse(["--config=configs/quickstart.py", *flags]).config
+    model = ModelConfig(vocab_size=256, d_model=128, num_layers=3, num_heads=2, d_ff=256)
+    data = dataclasses.replace(config.data, batch_size=8, length=128)
+    return dataclasses.replace(config, model=model, data=data)
+
+
+@tpu
+@pytest.mark.tpu_aot
+def test_a_step_compiles_and_gathers_each_layer_forward_and_backward():
+    plan = compile_training(tiny(data=1, fsdp=4), parse_topology("v5e:2x2"))
+    assert plan.mesh == {"data": 1, "fsdp": 4, "expert": 1, "stage": 1, "context": 1, "tensor": 1}
+    parameters = count_parameters(tiny().model)
+    assert plan.parameters == pytest.approx(4 * parameters / 4, rel=0.02)
+    assert plan.optimizer == pytest.approx(8 * parameters / 4, rel=0.02)
+    gathers = [each for each in plan.collectives if each.kind == "all_gather" and each.size > 2**14]
+    assert gathers
+    assert all(each.axes == ("fsdp",) for each in gathers)
+    gate = sum(each.count for each in gathers if each.size in (2 * 128 * 256, 4 * 128 * 256))
+    assert gate >= 3 * 3  # gate, up and down of three layers at the least
+    assert plan.fits
+    assert 0 < plan.utilization(plan.serial_seconds) <= plan.utilization(plan.overlapped_seconds)
+
+
+@tpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_the_command_says_whether_it_fits(tmp_path):
+    command = [sys.executable, "-m", "planning", "compile", "--config=configs/quickstart.py"]
+    wrong = [*command, "--topology=v5e:2x2", "--config.mesh.fsdp=3", "--config.mesh.data=1"]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "does not fit 4 devices" in done.stderr
