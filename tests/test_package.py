@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ROOMS = (
     *("kernels_pallas", "weights", "sharding", "model", "data"),
-    *("training", "surgery", "serving", "evals", "configs"),
+    *("training", "surgery", "serving", "evals", "planning", "configs"),
 )
 
 
