@@ -189,7 +189,8 @@ class EngineLoop:
         plan = self._scheduler.schedule()
         if plan.sequences:
             for sequence in plan.sequences:
-                self._track(sequence.request).times.note_start(self._last_turn)
+                if sequence.stop <= len(sequence.request.prompt):
+                    self._track(sequence.request).times.note_start(self._last_turn)
             self._sent.append(self._device.send(plan, self._row))
         ahead = 1 if self._settings.async_scheduling else 0
         if self._sent and (len(self._sent) > ahead or not plan.sequences):
@@ -228,7 +229,7 @@ class EngineLoop:
         sampling = [sequence.request for sequence in sent.plan.sampling]
         of_request = dict(zip(sampling, logprobs or [None] * len(sampling), strict=True))
         for request in self._scheduler.update(sent.plan, tokens):
-            track = self._track(request)
+            track = self._tracks[request.id]
             if request in of_request:
                 track.times.note_token(now, self._histograms)
             piece = track.take(of_request.get(request))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from serving.request import Request
 
@@ -39,12 +40,12 @@ class StepPlan:
     sequences: tuple[ScheduledSequence, ...]
     preempted: tuple[Request, ...] = ()
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of the flat batch."""
         return sum(sequence.stop - sequence.start for sequence in self.sequences)
 
-    @property
+    @cached_property
     def sampling(self) -> tuple[ScheduledSequence, ...]:
         """The sequences that sample a token, in order."""
         return tuple(sequence for sequence in self.sequences if sequence.samples)

@@ -27,7 +27,10 @@ class State(enum.StrEnum):
     @property
     def finished(self) -> bool:
         """Whether nothing more will come."""
-        return self.name.startswith("FINISHED")
+        return self in FINISHED
+
+
+FINISHED = (State.FINISHED_STOP, State.FINISHED_LENGTH, State.FINISHED_ABORT, State.FINISHED_ERROR)
 
 
 class Kind(enum.StrEnum):
@@ -114,7 +117,8 @@ class Request:
     @property
     def to_compute(self) -> int:
         """Tokens without keys and values that a step may compute now."""
-        return min(self.num_tokens, self.max_computed) - self.num_computed
+        tokens = len(self.prompt) + len(self.output) + self.num_unread
+        return min(tokens, self.max_computed) - self.num_computed
 
     @property
     def scores_prompt(self) -> bool:
@@ -130,8 +134,9 @@ class Request:
     def tokens(self, start: int, stop: int) -> list[int]:
         """Ids at positions `[start, stop)`; `UNREAD` where a step under way samples them."""
         length = len(self.prompt)
-        answer = self.output[max(start - length, 0) : max(stop - length, 0)]
-        known = [*self.prompt[start:stop], *answer]
+        known = self.output[max(start - length, 0) : max(stop - length, 0)]
+        if start < length:
+            known = [*self.prompt[start:stop], *known]
         return known + [UNREAD] * (stop - start - len(known))
 
     def stops_at(self, tokens: Sequence[int]) -> bool:
@@ -140,16 +145,18 @@ class Request:
 
     def append(self, token: int) -> None:
         """Take a sampled token, and finish if it ends the answer."""
-        self.output.append(int(token))
-        if (end := self._end(int(token))) is not None:
+        token = int(token)
+        self.output.append(token)
+        if (end := self._end(token)) is not None:
             self.state, self.stop_reason = end
 
     def _end(self, token: int) -> tuple[State, int | None] | None:
-        if len(self.output) >= self.params.min_tokens:
-            if token in self.end_ids and not self.params.ignore_eos:
+        params, length = self.params, len(self.output)
+        if length >= params.min_tokens:
+            if token in self.end_ids and not params.ignore_eos:
                 return State.FINISHED_STOP, None
-            if token in self.params.stop_token_ids:
+            if token in params.stop_token_ids:
                 return State.FINISHED_STOP, token
-        if len(self.output) >= self.max_new_tokens:
+        if length >= self.max_new_tokens:
             return State.FINISHED_LENGTH, None
         return None

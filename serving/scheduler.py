@@ -205,7 +205,10 @@ class Scheduler:
         at = 0
         while at < len(self.running):
             request = self.running[at]
-            if count := self._chunk(request, budget - self._needed_behind(at)):
+            count = request.to_compute
+            if count > 1 or budget < 1:
+                count = self._chunk(request, budget - self._needed_behind(at))
+            if count > 0:
                 if not self._make_room(request, count, preempted):
                     break
                 sequences.append(self._advance(request, count))
@@ -215,8 +218,6 @@ class Scheduler:
 
     def _needed_behind(self, at: int) -> int:
         """Tokens of the budget that a long prompt leaves: one for each request behind it."""
-        if self.running[at].to_compute <= 1:
-            return 0
         return sum(other.to_compute > 0 for other in self.running[at + 1 :])
 
     def _chunk(self, request: Request, budget: int) -> int:
@@ -238,9 +239,11 @@ class Scheduler:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         missing = self.pool.pages_for(num_tokens) - len(request.pages)
+        if missing <= 0:
+            return True
         if missing > self.pool.num_free:
             return False
-        request.pages += self.pool.allocate(max(missing, 0))
+        request.pages += self.pool.allocate(missing)
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -351,7 +354,8 @@ class Scheduler:
 
     def _publish(self, request: Request) -> None:
         """Let others find the pages that are full and whose tokens are known."""
-        if not self.config.prefix_caching:
+        next_end = (request.num_published + 1) * self.pool.page_size
+        if request.num_computed < next_end or not self.config.prefix_caching:
             return
         full = min(request.num_computed, request.num_known) // self.pool.page_size
         if full <= request.num_published:

@@ -160,18 +160,20 @@ def pack(
     """
     counts = [sequence.stop - sequence.start for sequence in sequences]
     _check(sequences, page_size)
+    count = len(sequences)
     size = bucket_of("sequences", len(sequences), buckets.sequences)
     widest = max((len(sequence.pages) for sequence in sequences), default=1)
     width = bucket_of("pages", widest, buckets.pages)
     slots, samples = np.full(size, -1, np.int32), np.zeros(size, bool)
     kv_lens, ends = np.zeros(size, np.int32), np.full(size + 1, sum(counts), np.int32)
     ends[0] = 0
-    ends[1 : len(counts) + 1] = np.cumsum(counts)
+    ends[1 : count + 1] = np.cumsum(counts)
+    slots[:count] = [sequence.slot for sequence in sequences]
+    kv_lens[:count] = [sequence.stop for sequence in sequences]
+    samples[:count] = [sequence.samples for sequence in sequences]
     table = np.zeros((size, width), np.int32)
-    for row, sequence in enumerate(sequences):
-        slots[row], kv_lens[row] = sequence.slot, sequence.stop
-        samples[row] = sequence.samples
-        table[row, : len(sequence.pages)] = sequence.pages
+    for row, sequence in zip(table, sequences, strict=False):
+        row[: len(sequence.pages)] = sequence.pages
     tokens = bucket_of("tokens", sum(counts), buckets.tokens)
     decodes = not mixed and max(counts, default=1) == 1
     return Step(slots, kv_lens, ends, samples, table, tokens, decodes)

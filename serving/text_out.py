@@ -87,10 +87,12 @@ class TextOut:
         `FINISHED_STOP` and `stop`.
         """
         new, ends = request.output[self._num_tokens :], request.state.finished
-        by_token = request.state is State.FINISHED_STOP and request.stops_at(new[-1:])
+        by_token = ends and request.state is State.FINISHED_STOP and request.stops_at(new[-1:])
         pieces = [self.push(token) for token in (new[:-1] if by_token else new)]
         if ends:
             pieces.append(self.end(new[-1] if by_token else None))
+        if len(pieces) == 1:
+            return pieces[0]
         stop = next((piece.stop for piece in pieces if piece.stop is not None), None)
         return Piece("".join(piece.text for piece in pieces), stop)
 
@@ -100,6 +102,8 @@ class TextOut:
 
     def _search(self, new: str) -> Piece:
         """End at the stop string whose first match in the text with `new` ends first."""
+        if not self._params.stop:
+            return Piece(new)
         text, old = self._held + new, len(self._held)
         counts = self._num_tokens >= self._params.min_tokens
         found = _first(text, old, self._params.stop) if new and counts else None

@@ -18,7 +18,7 @@ from serving.scheduler import QueueFullError
 from serving.server.errors import ApiError
 from serving.server.service import Service
 
-ENDED = object()
+ENDED, QUIET = object(), object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ class Job:
         self._service = service
         self._answers: list[Answer] = []
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last = 0.0
         self._pumps: list[asyncio.Task[None]] = []
         self._open = set(range(self.n * len(prompts)))
 
@@ -88,23 +90,36 @@ class Job:
 
     async def deltas(self) -> AsyncGenerator[Delta | None]:
         """What the choices gain; None where nothing came for `ping_s`."""
+        loop = asyncio.get_running_loop()
+        self._last = loop.time()
+        self._ping(loop)
         try:
             while self._open:
-                try:
-                    async with asyncio.timeout(self._service.settings.ping_s):
-                        item = await self._queue.get()
-                except TimeoutError:
+                item = await self._queue.get()
+                self._last = loop.time()
+                if item is QUIET:
                     yield None
-                    continue
-                if (delta := self._take(item)) is not None:
+                elif (delta := self._take(item)) is not None:
                     yield delta
         finally:
             self.close()
+
+    def _ping(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say it if nothing came for `ping_s`, and look again when that may be so. One timer a
+        request; a timeout for each token would be a good part of the token's cost.
+        """
+        left = self._last + self._service.settings.ping_s - loop.time()
+        if left <= 0.0:
+            self._queue.put_nowait(QUIET)
+            left = self._service.settings.ping_s
+        self._timer = loop.call_later(left, self._ping, loop)
 
     def close(self) -> None:
         """Abort what is not done."""
         for answer in self._answers if self._open else ():
             answer.abort()
+        if self._timer is not None:
+            self._timer.cancel()
         for pump in self._pumps:
             pump.cancel()
         self._pumps = []
