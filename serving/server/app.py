@@ -21,6 +21,7 @@ from serving.server.embeddings import embed
 from serving.server.errors import ApiError, JsonResponse, as_api_error
 from serving.server.limits import Gate
 from serving.server.logs import log_stats
+from serving.server.page import page_routes
 from serving.server.prompts import check_ids, encode_messages, encode_text
 from serving.server.schemas import (
     ChatRequest,
@@ -76,7 +77,8 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     app.add_middleware(Gate, service=service)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _told)
-    for router in (_generation(service), _models(service), _tokens(service), _state(service)):
+    apis = (_generation(service), _models(service), _tokens(service), _state(service))
+    for router in (*apis, page_routes()):
         app.include_router(router)
     return app
 

@@ -22,7 +22,8 @@ from serving.server.logs import LEFT, Note
 from serving.server.service import Service
 
 BODY_SECONDS, DISCARD_SECONDS = 60.0, 5.0
-OPEN_PATHS = frozenset(("/health", "/ready"))
+OPEN_PATHS = frozenset(("/", "/health", "/ready"))
+"""Need no key: the page is the same for everybody, and its reader types the key into it."""
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 logger = logging.getLogger("sheaf.server")
 
