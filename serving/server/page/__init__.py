@@ -1,8 +1,8 @@
 """`GET /`: a page to talk to the model and to watch the server.
 
 It is one file, `index.html`, with its style and script in it, and holds no secret: it asks the same
-routes as everybody, with the key that its reader types. Its policy lets a browser run exactly that
-script, apply that style, and talk to this server alone; nothing that a model writes can become code.
+routes as everybody, with the key that its reader types. Its policy lets a browser run that script,
+apply that style and talk to this server, and nothing else; what a model writes cannot become code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HEADERS = {
 def page_routes() -> APIRouter:
     """The route of the page, read from its file once."""
     routes = APIRouter()
-    html = resources.files(__package__).joinpath("index.html").read_text(encoding="utf-8")
+    html = resources.files("serving.server.page").joinpath("index.html").read_text(encoding="utf-8")
     headers = {**HEADERS, "content-security-policy": policy(html)}
 
     @routes.get("/", include_in_schema=False)
