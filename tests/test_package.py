@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = (
-    *("kernels_pallas", "weights", "sharding", "model", "data"),
+    *("kernels_pallas", "sandbox", "weights", "sharding", "model", "data"),
     *("training", "surgery", "serving", "evals", "planning", "configs"),
 )
 
