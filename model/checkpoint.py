@@ -82,7 +82,7 @@ def load(folder: str | Path, layout: Layout | None = None, dtype: Any = None) ->
     Raises `CheckpointError` if a named checkpoint is not whole, or its arrays are not those of its
     `model.json`.
     """
-    folder = Path(on_first_process(lambda: str(folders.locate(folder))))
+    folder = Path(on_first_process(lambda: str(folders.locate(folder).absolute())))
     config, _, names = read_model(folder)
     tree = stored_params(folder)
     check_architecture(folder, config, tree)
