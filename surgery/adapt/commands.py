@@ -1,4 +1,4 @@
-"""Adapters from folder to folder: what `python -m surgery lora`, `merge` and the like do."""
+"""From folder to folder without calibration: `python -m surgery lora`, `merge`, `cast` and more."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from surgery.adapt.lora import LoRA, adapters, attach, count_adapter_parameters,
 from surgery.adapt.peft_config import CONFIG
 from surgery.adapt.peft_files import load_peft, save_peft
 from surgery.arguments import add_fields, plain_fields
+from surgery.cast import cast_checkpoint
 
 
 def attach_checkpoint(checkpoint: str | Path, out: str | Path, settings: LoRA) -> Path:
@@ -125,6 +126,22 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), help=text)
 
 
+def _cast_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "of the dense arrays (default: bfloat16)"
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help=text)
+    text = "held-out text, whose perplexity goes into the provenance"
+    parser.add_argument("--evaluate", default="", help=text)
+    parser.add_argument("--evaluate-windows", type=int, default=32, help="of it at most")
+    parser.add_argument("--text-key", default="text", help="field or column of the text")
+
+
+def _run_cast(known: argparse.Namespace) -> str:
+    text = (known.evaluate, known.evaluate_windows, known.text_key)
+    found = cast_checkpoint(known.checkpoint, known.out, known.dtype, *text)
+    said = f": perplexity {found['perplexity']:.4f} on {found['source']}" if found else ""
+    return f"{known.out}{said}"
+
+
 COMMANDS: dict[str, Command] = {
     "lora": Command("attach low-rank adapters, to be trained", _lora_arguments, _run_lora),
     "merge": Command(
@@ -149,5 +166,6 @@ COMMANDS: dict[str, Command] = {
             export_adapter(known.checkpoint, known.out, known.family, known.base_model)
         ),
     ),
+    "cast": Command("a run's model alone, in another number type", _cast_arguments, _run_cast),
 }
 """Name -> subcommand of `python -m surgery`, beside the quantizers."""
