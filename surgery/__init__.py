@@ -10,10 +10,12 @@ from surgery.calibration import Stats
 from surgery.checkpoint import Text, quantize_checkpoint
 from surgery.methods import METHODS
 from surgery.outliers import inject_outliers
-from surgery.quantize.driver import Options, quantize
+from surgery.quantize.driver import quantize
 from surgery.quantize.method import Block, Method
+from surgery.quantize.options import Options
 from surgery.report import perplexity, window_losses
 from surgery.source import Folder, InMemory, Source
+from surgery.statistics import SavedStatistics
 from surgery.windows import Windows, consecutive, draw, from_tokens
 from surgery.work import Work
 
@@ -24,6 +26,7 @@ __all__ = [
     "InMemory",
     "Method",
     "Options",
+    "SavedStatistics",
     "Site",
     "Source",
     "Stats",

@@ -5,6 +5,7 @@
     python -m surgery nf4 --checkpoint=A --out=B --evaluate=held_out.txt
     python -m surgery lora --checkpoint=B --out=C --rank=8
     python -m surgery export-adapter --checkpoint=C --out=adapter
+    python -m surgery cast --checkpoint=runs/mine --out=assets/mine --dtype=bfloat16
 
 A run that was stopped goes on where it was when the same command is given again. B holds the report
 of each layer in quantization.jsonl, and in provenance.json what was done with which text.
@@ -42,7 +43,7 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[type, 
     from surgery.arguments import add_fields, plain_fields
     from surgery.checkpoint import Text
     from surgery.methods import METHODS
-    from surgery.quantize.driver import Options
+    from surgery.quantize.options import Options
 
     parser = argparse.ArgumentParser(
         prog="python -m surgery",
@@ -94,7 +95,7 @@ def _run(known: argparse.Namespace, settings: dict[type, dict[str, Any]]) -> Non
     from sharding import MeshConfig, make_layout, make_mesh
     from surgery.checkpoint import Text, quantize_checkpoint
     from surgery.methods import METHODS
-    from surgery.quantize.driver import Options
+    from surgery.quantize.options import Options
 
     mesh, layout = settings[MeshConfig], None
     if mesh or jax.device_count() > 1:

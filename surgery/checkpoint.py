@@ -7,6 +7,7 @@ was killed goes on; memory holds one block at a time.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import resource
 import sys
@@ -16,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from data import load_tokenizer, open_source
 from model import Runtime
 from model import checkpoint as checkpoints
-from model.checkpoint_folder import CheckpointError
+from model.checkpoint_folder import COMMIT, CheckpointError
 from model.provenance import provenance
 from surgery import report, windows
 from surgery.quantize import driver
-from surgery.quantize.driver import Options, Progress
+from surgery.quantize.driver import Progress
 from surgery.quantize.method import Method
+from surgery.quantize.options import Options, settings
 from surgery.source import Folder, InMemory, Source, dense
+from surgery.statistics import SavedStatistics
 from surgery.windows import Windows
 from surgery.work import Work
 
@@ -46,6 +50,8 @@ class Text:
     seed: of the places that windows are cut from.
     evaluate: held-out text, whose perplexity is measured before and after.
     evaluate_windows: windows of it at most.
+    save_statistics: folder of the unquantized model's calibration statistics, for methods that
+        learn from it: read if all are there, so that the text is not run again; else made and kept.
     """
 
     data: str = ""
@@ -55,6 +61,7 @@ class Text:
     seed: int = 0
     evaluate: str = ""
     evaluate_windows: int = 64
+    save_statistics: str = ""
 
 
 def quantize_checkpoint(
@@ -96,21 +103,23 @@ def quantize_checkpoint(
     source = dense(Folder(checkpoint))
     driver.check_targets(source, method, options)
     calibration, held_out = _windows(source, method, text)
+    statistics = _statistics(source, method, text, calibration, runtime)
     work = Work(
         source.config,
         out.with_name(out.name + WORKING),
         {
             "checkpoint": str(source.folder),
             "method": name,
-            "settings": driver.settings(method, options),
+            "settings": settings(method, options),
             "calibration": None if calibration is None else calibration.record["sha256"],
+            "statistics": statistics is not None and statistics.whole(source.config.num_layers),
             "compute_dtype": runtime.compute_dtype,
             "devices": 1 if runtime.layout is None else runtime.layout.mesh.size,
         },
     )
     try:
         params, rows, summary = _quantized(
-            source, method, calibration, held_out, options, runtime, work, progress
+            source, method, calibration, held_out, options, runtime, work, statistics, progress
         )
     except ValueError:
         work.remove()  # the same command would fail again
@@ -122,7 +131,7 @@ def quantize_checkpoint(
     if calibration is not None:
         record["calibration"] = dict(calibration.record)
         files[CALIBRATION] = json.dumps(record["calibration"], indent=1) + "\n"
-    origin = provenance(name, driver.settings(method, options), [str(source.folder)])
+    origin = provenance(name, settings(method, options), [str(source.folder)])
     checkpoints.save(out, source.config, params, files, {**origin, **record})
     work.remove()
     return summary
@@ -136,6 +145,7 @@ def _quantized(
     options: Options,
     runtime: Runtime,
     work: Work,
+    statistics: SavedStatistics | None,
     progress: Progress | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """The new params, the report's rows, and their summary with perplexities on held-out text."""
@@ -150,7 +160,14 @@ def _quantized(
     before = measure(source, "before")
     tokens = None if calibration is None else calibration.tokens
     params, rows = driver.quantize(
-        source, method, tokens, options=options, runtime=runtime, work=work, progress=progress
+        source,
+        method,
+        tokens,
+        options=options,
+        runtime=runtime,
+        work=work,
+        statistics=statistics,
+        progress=progress,
     )
     after = measure(InMemory(source.config, params), "after")
     return params, rows, {**report.summary(rows), **before, **after}
@@ -185,6 +202,29 @@ def _windows(source: Folder, method: Method, text: Text) -> tuple[Windows | None
             text.evaluate_windows,
         )
     return calibration, held_out
+
+
+def _statistics(
+    source: Folder, method: Method, text: Text, calibration: Windows | None, runtime: Runtime
+) -> SavedStatistics | None:
+    """The folder of saved statistics, if one is named."""
+    if not text.save_statistics:
+        return None
+    if method.inputs != "fp" or calibration is None:
+        raise ValueError(
+            f"--save-statistics={text.save_statistics}: {type(method).__name__} does not learn "
+            "from the unquantized model, whose statistics they are; leave it out"
+        )
+    return SavedStatistics(text.save_statistics, statistics_of(source, calibration, runtime))
+
+
+def statistics_of(source: Folder, calibration: Windows, runtime: Runtime) -> dict[str, str]:
+    """Which statistics a folder of them holds: of what model, windows and compute dtype."""
+    return {
+        "checkpoint": hashlib.sha256((source.folder / COMMIT).read_bytes()).hexdigest(),
+        "calibration": calibration.record["sha256"],
+        "compute_dtype": str(jnp.dtype(runtime.compute_dtype)),
+    }
 
 
 def _peak_bytes() -> int:

@@ -21,6 +21,7 @@ from surgery import (
     InMemory,
     Options,
     Text,
+    blocks,
     perplexity,
     quantize,
     quantize_checkpoint,
@@ -325,3 +326,37 @@ def test_the_command_prints_help_and_a_summary(saved):
     assert done.returncode == 0, done.stderr
     assert "nominal bits 4" in done.stdout
     assert "layer 2/2" in done.stderr
+
+
+def test_methods_share_the_statistics_of_one_pass(saved, tmp_path, monkeypatch):
+    """The same bits with statistics that another method kept, and the text is not run again."""
+    text, folder = text_of(saved), tmp_path / "statistics"
+    sharing = dataclasses.replace(text, save_statistics=str(folder))
+    awq, smooth = METHODS["awq"](group=16), METHODS["smoothquant"]()
+    quantize_checkpoint(saved, tmp_path / "first", "awq", awq, text=sharing)
+    assert {file.name for file in (folder / "001").iterdir()} == {
+        "attention.query+key+value.npz",
+        "attention.output.npz",
+        "feed_forward.up+gate.npz",
+        "feed_forward.down.npz",
+    }
+
+    def never(*_):
+        raise AssertionError("the calibration text was run again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "accumulate", never)
+        quantize_checkpoint(saved, tmp_path / "shared", "smoothquant", smooth, text=sharing)
+    quantize_checkpoint(saved, tmp_path / "alone", "smoothquant", smooth, text=text)
+    equal(*(checkpoint.load(tmp_path / name).params for name in ("shared", "alone")))
+    other = dataclasses.replace(sharing, seed=1)
+    with pytest.raises(ValueError, match=r"holds statistics with calibration = .*another folder"):
+        quantize_checkpoint(saved, tmp_path / "other", "awq", awq, text=other)
+    with pytest.raises(ValueError, match="GPTQ does not learn from the unquantized model"):
+        quantize_checkpoint(
+            saved, tmp_path / "gptq", "gptq", METHODS["gptq"](group=16), text=sharing
+        )
+    (folder / "001").rename(tmp_path / "lost")
+    quantize_checkpoint(saved, tmp_path / "second", "awq", awq, text=sharing)
+    equal(*(checkpoint.load(tmp_path / name).params for name in ("first", "second")))
+    assert (folder / "001").is_dir()

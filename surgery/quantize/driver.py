@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,53 +27,19 @@ from surgery.calibration import Stats
 from surgery.quantize.checks import check_finite, check_result, checked_tokens
 from surgery.quantize.errors import errors
 from surgery.quantize.method import Block, Method, Params
+from surgery.quantize.options import KEEP, Options
 from surgery.report import with_stored_bits
 from surgery.source import Source
+from surgery.statistics import SavedStatistics
 from surgery.work import Work
 from weights import flatten, from_flat, is_format, nearest, trimmed
 
 Array = jax.Array
 Progress = Callable[[int, int, str], None]
-KEEP = r"(^|/)(router|shared_gate)/"
-ORDERS = ("sequential", "all")
 EQUAL = 1e-4
 """Largest difference of a transformed block's output, of its largest value: rounding is far less, a
 wrong transform far more.
 """
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a method is applied to, and how; the same for all methods.
-
-    targets: a regular expression; only kernels whose path below the block it matches somewhere.
-    keep: a regular expression of those left as they are; embeddings, norms and head always are.
-    order: "sequential" measures a site's inputs after the sites before it are quantized; "all"
-        measures a block once.
-    micro_batch: windows that are run at a time, at most.
-    """
-
-    targets: str = ""
-    keep: str = KEEP
-    order: str = "sequential"
-    micro_batch: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("targets", "keep"):
-            try:
-                re.compile(getattr(self, name))
-            except re.error as error:
-                text = f"{name}={getattr(self, name)!r} is no regular expression: {error}"
-                raise ValueError(text) from None
-        if self.order not in ORDERS:
-            raise ValueError(f"order={self.order!r} is not one of {', '.join(ORDERS)}")
-        if self.micro_batch < 1:
-            raise ValueError(f"micro_batch={self.micro_batch}; it must be 1 or more")
-
-    def wants(self, path: str) -> bool:
-        """Whether the kernel at a path below the block is to be quantized."""
-        kept = bool(self.keep) and re.search(self.keep, path) is not None
-        return re.search(self.targets, path) is not None and not kept
 
 
 def quantize(
@@ -85,6 +50,7 @@ def quantize(
     options: Options | None = None,
     runtime: Runtime | None = None,
     work: Work | None = None,
+    statistics: SavedStatistics | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The params of a model with its linear layers quantized, and a report row for each of them.
@@ -97,6 +63,8 @@ def quantize(
         runtime: compute dtype and layout of the calibration passes.
         work: where finished layers go; None is memory. One that holds finished layers is gone on
             with.
+        statistics: those of methods that learn from the unquantized model; read if they are whole,
+            else made and kept.
         progress: called with (layers done, all layers, what is going on).
 
     Raises:
@@ -109,6 +77,7 @@ def quantize(
         options or Options(),
         runtime or Runtime(),
         work or Work(source.config),
+        statistics if method.inputs == "fp" else None,
         progress or (lambda done, total, text: None),
     )
     return run.run()
@@ -122,7 +91,10 @@ class _Run:
     options: Options
     runtime: Runtime
     work: Work
+    statistics: SavedStatistics | None
     progress: Progress
+    known: bool = False
+    """Whether the statistics are known before: then only the first windows run along."""
 
     def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         config = self.source.config
@@ -130,6 +102,8 @@ class _Run:
         outer = self.source.outer()
         check_finite(outer, "")
         self.method = self.method.plan(self._matrices())
+        if self.statistics is not None:
+            self.known = self.statistics.whole(config.num_layers)
         if self.method.inputs != "none":
             self.tokens = checked_tokens(self.tokens, self.method, self.runtime)
             if self.work.done == 0:
@@ -161,7 +135,7 @@ class _Run:
             group = tuple(site for site in group if set(site.linears) & set(targets))
             if not group and one_by_one:
                 continue
-            stats = self._measure(layer, params, group)
+            stats = self._stats(layer, params, group, sites)
             view = Block(params, config, stats)
             view, report = self.method.transform(view, frozenset(targets))
             if view.params is not params:
@@ -214,6 +188,23 @@ class _Run:
                 blocks.embed(blocks.without_layers(outer), tokens, self.source.config, self.runtime)
             )
 
+    def _stats(
+        self, layer: int, params: Params, wanted: tuple[Site, ...], every: tuple[Site, ...]
+    ) -> dict[Site, Stats]:
+        """Statistics of the sites wanted: measured, or those saved; what is kept has every site."""
+        if self.statistics is None:
+            found = self._measure(layer, params, wanted)
+        elif self.known:
+            saved = self.statistics.read(layer, wanted)
+            found = {site: self._whole(one) for site, one in saved.items()}
+            self._advance(layer, params)
+        else:
+            began = time.monotonic()
+            found = self._measure(layer, params, every)
+            self.statistics.write(layer, found, time.monotonic() - began)
+        pooled = {s: experts.pooled(one) if one.count.ndim else one for s, one in found.items()}
+        return {site: pooled[site] for site in wanted}
+
     def _measure(self, layer: int, params: Params, sites: tuple[Site, ...]) -> dict[Site, Stats]:
         """Statistics of sites over all windows. Methods that learn from the unquantized model have
         the hidden states after the block written in the same pass.
@@ -236,8 +227,7 @@ class _Run:
             )
             if after is not None:
                 out[rows] = np.asarray(after)
-        found = {site: self._whole(calibration.finish(stats[site.name])) for site in sites}
-        return {site: experts.pooled(one) if one.count.ndim else one for site, one in found.items()}
+        return {site: self._whole(calibration.finish(stats[site.name])) for site in sites}
 
     def _advance(self, layer: int, params: Params) -> None:
         """Write the hidden states after a block."""
@@ -274,6 +264,8 @@ class _Run:
         size = max([n for n in sizes if n <= self.options.micro_batch] or sizes[:1])
         for start in range(0, count, size):
             yield slice(start, start + size), out
+            if self.known:
+                return
 
     def _matrices(self) -> Iterator[dict[str, Array]]:
         for layer in range(self.source.config.num_layers):
@@ -382,8 +374,3 @@ def _experts(method: Method, w: Array, stats: Stats | None) -> tuple[Any, dict[s
 @functools.cache
 def _stacked_places(config: Any, layout: Any) -> Any:
     return partition(abstract(config), rules(config), layout)["layers"]
-
-
-def settings(method: Method, options: Options) -> dict[str, Any]:
-    """As provenance holds them."""
-    return {**method.settings(), **dataclasses.asdict(options)}
