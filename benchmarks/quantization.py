@@ -2,13 +2,17 @@
 
     python benchmarks/quantization.py --checkpoint=A --text=calibration.jsonl.gz
         --held-out=valid.jsonl.gz [--methods=rtn,gptq,...] [--bits=8,4,3,2] [--groups=64,0]
-        [--seeds=0] [--inject=4x60] [--out=table.jsonl] [--plot=FILE.svg] [--markdown]
+        [--seeds=0,1,2] [--inject=4x60] [--out=rows.jsonl] [--plot=FILE.svg] [--table=FILE.md]
 
 One row a method, bits and group (0: one group a column): loss on held-out text and how much more
 that is than the unquantized model's, with the standard error over windows; KL divergence from that
 model and how often both have the same likeliest token; honest bits, bytes on disk, seconds to
 quantize with compilation, and speed of decoding beside the unquantized model. Rows are in `--out`
-as they come, and the same command goes on after them. `--inject` plants outlier channels first.
+as they come, and the same command goes on after them. `--inject` adds rows of the same model with
+outlier channels planted, for the methods that are about them.
+
+Under the table stands what papers claim of the order of methods, with the verdict of these rows:
+differences of losses window by window, with the error over windows and calibration seeds.
 
 Exit status: 1 if a row failed, 2 for wrong input, 130 if interrupted.
 """
@@ -16,8 +20,10 @@ Exit status: 1 if a row failed, 2 for wrong input, 130 if interrupted.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +38,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import quantization_cases as catalogue
+from benchmarks import quantization_claims as claims
 from benchmarks import quantization_measure as measure
 from benchmarks import quantization_plot as plot
 from benchmarks import quantization_report as report
@@ -39,7 +46,16 @@ from benchmarks.quantization_cases import Case
 from data import Tokenizer, load_tokenizer, open_source
 from model import Runtime, checkpoint
 from model.checkpoint_folder import COMMIT, CheckpointError
-from surgery import Folder, InMemory, Options, consecutive, draw, inject_outliers, quantize
+from surgery import (
+    Folder,
+    InMemory,
+    Options,
+    SavedStatistics,
+    consecutive,
+    draw,
+    inject_outliers,
+    quantize,
+)
 from surgery.quantize.driver import check_targets
 from surgery.report import summary
 from surgery.source import dense
@@ -47,31 +63,50 @@ from training import json_lines
 from weights import flatten
 
 UNQUANTIZED = Case("unquantized", "none", {}, None, None)
+PLANTED = Case("unquantized", "none", {}, None, None, planted=True)
 Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print and draw; see the module for the exit status."""
     options = parse(arguments)
-    try:
-        cases = list(catalogue.cases(options.methods, options.bits, options.groups, options.seeds))
-        sweep = Sweep(options)
-    except (CheckpointError, ValueError, OSError, ImportError) as error:
-        print(f"quantization: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            sweep = Sweep(options, Path(work))
+            cases = all_cases(options)
+        except (CheckpointError, ValueError, OSError, ImportError) as error:
+            print(f"quantization: {error}", file=sys.stderr)
+            return 2
+        return run(sweep, cases, options)
+
+
+def run(sweep: Sweep, cases: list[Case], options: argparse.Namespace) -> int:
+    """The rows, the tables and the plot; the exit status."""
     rows: list[Row] = []
     status = 0
     try:
-        for row in sweep.rows([UNQUANTIZED, *cases]):
+        for row in sweep.rows(cases):
             rows.append(row)
     except KeyboardInterrupt:
         print("interrupted: what follows is what was done", file=sys.stderr)
         status = 130
+    verdicts = claims.judge(rows)
     print(sweep.in_words())
-    report.show(rows, options.markdown)
+    report.show(rows, verdicts)
+    if options.table:
+        options.table.write_text(report.markdown(sweep.in_words(), rows, verdicts))
     if options.plot and plot.drawable(rows):
-        print(plot.draw(rows, options.plot, sweep.in_words()))
+        plot.draw(rows, options.plot, sweep.in_words())
     return status or int(any(row["state"] == "failed" for row in rows))
+
+
+def all_cases(options: argparse.Namespace) -> list[Case]:
+    """Those of the model as it is, then those of the model with outliers planted."""
+    which = (options.methods, options.bits, options.groups, options.seeds)
+    found = [UNQUANTIZED, *catalogue.cases(*which)]
+    if options.inject is not None:
+        found += [PLANTED, *catalogue.cases(*which, planted=True)]
+    return found
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -90,12 +125,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--held-out-windows", type=int, default=64)
     add("--length", type=int, default=0, help="tokens a window; 0: 2048 or all positions")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations")
-    add("--inject", type=planted, metavar="CHANNELSxFACTOR", help="outliers to plant, like 4x60")
+    add("--inject", type=planted, metavar="CHANNELSxFACTOR", help="also with outliers, like 4x60")
     add("--decode-tokens", type=int, default=64, help="0: no timing")
     add("--rounds", type=int, default=5, help="of the timing")
     add("--out", type=Path, metavar="FILE", help="a line of JSON a row, as it comes")
     add("--plot", type=picture, metavar="FILE", help="svg, png or pdf")
-    add("--markdown", action="store_true")
+    add("--table", type=Path, metavar="FILE", help="the tables in Markdown")
     options = parser.parse_args(arguments)
     for name, least in (("windows", 1), ("held_out_windows", 1), ("rounds", 1)):
         if getattr(options, name) < least:
@@ -150,36 +185,39 @@ def picture(text: str) -> Path:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows `int32[windows, length]`, and which they are."""
+    """Windows `int32[windows, length]`, which they are, and a folder for their statistics."""
 
     tokens: np.ndarray
     name: str
+    folder: Path
+
+    def statistics(self, planted: bool) -> SavedStatistics:
+        """Those of the model's own layers, which methods share."""
+        return SavedStatistics(self.folder / f"{self.name}-{planted}", {"planted": planted})
 
 
 class Sweep:
     """One checkpoint, its texts, and the rows made of them."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
         folder = dense(Folder(options.checkpoint))
         if options.inject is not None and options.inject[0] > folder.config.d_model:
             channels = options.inject[0]
             raise ValueError(f"--inject: {channels} channels of {folder.config.d_model} (d_model)")
         self.options, self.config = options, folder.config
         self.files = folder.files
+        self.work = work
         self.runtime = Runtime(compute_dtype=options.dtype)
         tokenizer = load_tokenizer(folder.files)
         length = options.length or min(2048, self.config.max_length)
         source = open_source(options.held_out, options.text_key)
         held_out = consecutive(source, tokenizer, length, options.held_out_windows)
         self.calibrations = self._calibrations(tokenizer, length)
-        params = checkpoint.load(folder.folder).params
-        if options.inject is not None:
-            params = inject_outliers(self.config, params, *options.inject)
-        self.reference = measure.Reference(self.config, params, held_out.tokens, self.runtime)
+        self.tokens = held_out.tokens
+        self.params = checkpoint.load(folder.folder).params
         self.which = {
             "checkpoint": hashlib.sha256((folder.folder / COMMIT).read_bytes()).hexdigest()[:12],
             "held_out": held_out.record["sha256"][:12],
-            "inject": None if options.inject is None else "{}x{:g}".format(*options.inject),
             "dtype": options.dtype,
             "decode_tokens": options.decode_tokens,
         }
@@ -188,13 +226,22 @@ class Sweep:
         known = json_lines.read(options.out) if options.out is not None else []
         self.known = [row for row in known if all(row.get(k) == v for k, v in self.which.items())]
 
+    @functools.cache  # noqa: B019 (one sweep a run)
+    def reference(self, planted: bool) -> measure.Reference:
+        """The unquantized model, as it is or with outliers planted."""
+        params = self.params
+        if planted:
+            params = inject_outliers(self.config, params, *self.options.inject)
+        return measure.Reference(self.config, params, self.tokens, self.runtime)
+
     def in_words(self) -> str:
         """What the rows have in common."""
-        found, windows = self.which, self.reference.tokens.shape
-        outliers = "" if found["inject"] is None else f", outliers planted {found['inject']}"
+        found, options = self.which, self.options
+        outliers = "" if options.inject is None else f", outliers {outliers_of(options)} if planted"
         return (
-            f"{Path(self.options.checkpoint).name or 'checkpoint'} ({found['checkpoint']}), "
-            f"{windows[0]} held-out windows of {windows[1]} tokens, {found['dtype']}{outliers}"
+            f"{Path(options.checkpoint).name or 'checkpoint'} ({found['checkpoint']}), "
+            f"{len(self.tokens)} held-out windows of {self.tokens.shape[1]} tokens, "
+            f"{options.windows} calibration windows, {found['dtype']}{outliers}"
         )
 
     def rows(self, cases: list[Case]) -> Iterator[Row]:
@@ -214,6 +261,7 @@ class Sweep:
         calibration = None if case.seed is None else self.calibrations[case.seed].name
         return {
             **self.which,
+            "inject": outliers_of(self.options) if case.planted else None,
             "name": case.name,
             "label": case.label,
             "method": case.method,
@@ -233,48 +281,54 @@ class Sweep:
     def _row(self, case: Case, bar: Bar) -> Row:
         row = self._identity(case)
         try:
-            found = self._plain() if case is UNQUANTIZED else self._quantized(case, bar)
+            found = self._plain(case) if case.method == "none" else self._quantized(case, bar)
             return {**row, "state": "measured", **found}
         except Undefined as error:
             return {**row, "state": "left out", "error": str(error)}
         except Exception as error:  # the other rows are worth having
             return {**row, "state": "failed", "error": f"{type(error).__name__}: {error}"}
 
-    def _plain(self) -> Row:
-        reference = self.reference
+    def _plain(self, case: Case) -> Row:
+        reference = self.reference(case.planted)
         leaves = flatten(reference.params)
         kernels = [leaf for path, leaf in leaves.items() if path.endswith("/kernel")]
         bits = 8.0 * sum(k.nbytes for k in kernels) / sum(k.size for k in kernels)
         found = {"nominal_bits": bits, "honest_bits": bits, "quantize_seconds": 0.0}
-        return {**found, **self._measured(reference.params)}
+        return {**found, **self._measured(case, reference.params)}
 
     def _quantized(self, case: Case, bar: Bar) -> Row:
-        source = InMemory(self.config, self.reference.params)
+        source = InMemory(self.config, self.reference(case.planted).params)
         try:
             method = case.build()
             check_targets(source, method, Options())
         except ValueError as error:
             raise Undefined(str(error)) from None
-        tokens = None if case.seed is None else self.calibrations[case.seed].tokens
+        tokens = statistics = None
+        shared = 0.0  # seconds of a pass that an earlier row made
+        if case.seed is not None:
+            tokens = self.calibrations[case.seed].tokens
+            statistics = self.calibrations[case.seed].statistics(case.planted)
+            shared = statistics.seconds if method.inputs == "fp" else 0.0
         began = time.perf_counter()
         params, layers = quantize(
             source,
             method,
             tokens,
             runtime=self.runtime,
+            statistics=statistics,
             progress=lambda done, total, _: bar.note(f"{case.label}: layer {done}/{total}"),
         )
-        found = {"quantize_seconds": time.perf_counter() - began}
+        found = {"quantize_seconds": shared + time.perf_counter() - began}
         bits = summary(layers)
         found |= {"nominal_bits": bits["nominal_bits"], "honest_bits": bits["bits"]}
-        return {**found, **self._measured(params)}
+        return {**found, **self._measured(case, params)}
 
-    def _measured(self, params: Any) -> Row:
-        reference, options = self.reference, self.options
+    def _measured(self, case: Case, params: Any) -> Row:
+        reference, options = self.reference(case.planted), self.options
         runs = measure.ready(params, self.runtime)
         found: Row = measure.quality(reference.compare(runs), reference.losses)
         found["bytes_on_disk"] = measure.bytes_on_disk(self.config, params, self.files)
-        if options.decode_tokens:
+        if options.decode_tokens and case.seed in (None, options.seeds[0]):
             speed = measure.decode_speed(reference, runs, options.decode_tokens, options.rounds)
             found.update(speed)
         return found
@@ -286,13 +340,18 @@ class Sweep:
             for seed in self.options.seeds
         }
         return {
-            seed: Calibration(windows.tokens, windows.record["sha256"][:12])
+            seed: Calibration(windows.tokens, windows.record["sha256"][:12], self.work)
             for seed, windows in drawn.items()
         }
 
 
 class Undefined(Exception):
     """A method has no sense at these bits or groups, or for this model."""
+
+
+def outliers_of(options: argparse.Namespace) -> str:
+    """`4x60`."""
+    return "{}x{:g}".format(*options.inject)
 
 
 def said(row: Row) -> str:

@@ -27,6 +27,8 @@ class Variant:
     bits: what it codes in; empty: its setting `bits` says.
     group: the setting that says how many input channels share a scale; empty: it has none.
     per_column: whether one group of all channels makes sense.
+    seeds: of the calibration windows, at most.
+    planted: bits at which it also runs on the model with outlier channels.
     """
 
     method: str
@@ -34,21 +36,24 @@ class Variant:
     bits: tuple[int, ...] = ()
     group: str = "group"
     per_column: bool = True
+    seeds: int | None = None
+    planted: tuple[int, ...] = ()
 
 
 VARIANTS: dict[str, Variant] = {
-    "rtn": Variant("rtn"),
+    "rtn": Variant("rtn", planted=(3,)),
+    "rtn_symmetric": Variant("rtn", {"symmetric": True}, bits=(4,)),
     "nf4": Variant("nf4", {"double": False}, bits=(4,), group="block"),
     "nf4_double": Variant("nf4", {"double": True}, bits=(4,), group="block"),
     "fp4": Variant("fp4", {"double": False}, bits=(4,), group="block"),
     "fp4_double": Variant("fp4", {"double": True}, bits=(4,), group="block"),
     "finequant": Variant("finequant", group="min_group", per_column=False),
     "gptq": Variant("gptq"),
-    "gptq_act_order": Variant("gptq", {"act_order": True}),
-    "awq": Variant("awq"),
-    "smoothquant": Variant("smoothquant", bits=(8,), group=""),
-    "int8": Variant("int8", bits=(8,), group=""),
-    "int8_plain": Variant("int8", {"outliers": "none"}, bits=(8,), group=""),
+    "gptq_act_order": Variant("gptq", {"act_order": True}, seeds=1),
+    "awq": Variant("awq", planted=(3,)),
+    "smoothquant": Variant("smoothquant", bits=(8,), group="", planted=(8,)),
+    "int8": Variant("int8", bits=(8,), group="", planted=(8,)),
+    "int8_plain": Variant("int8", {"outliers": "none"}, bits=(8,), group="", planted=(8,)),
 }
 """Name in the table -> variant."""
 
@@ -59,6 +64,7 @@ class Case:
 
     group: input channels that share a scale, 0 for all, None where the method has no groups.
     seed: of the calibration windows, None where the method needs none.
+    planted: on the model with outlier channels.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Case:
     bits: int | None
     group: int | None
     seed: int | None = None
+    planted: bool = False
 
     def build(self) -> Method:
         """The method; raises `ValueError` if its settings are none."""
@@ -79,6 +86,7 @@ class Case:
         parts += [] if self.bits is None else [f"{self.bits} bits"]
         parts += [] if self.group is None else [f"group {self.group}" if self.group else "columns"]
         parts += [] if self.seed is None else [f"seed {self.seed}"]
+        parts += ["outliers planted"] if self.planted else []
         return ", ".join(parts)
 
 
@@ -118,17 +126,26 @@ def cases(
     bits: Iterable[int],
     groups: Iterable[int],
     seeds: Iterable[int],
+    planted: bool = False,
 ) -> Iterator[Case]:
-    """All that have a definition; bits that a variant does not have are passed over."""
+    """All that have a definition; bits that a variant does not have are passed over. At 8 bits the
+    first seed is the only one: what seeds change there is less than figures show.
+
+    planted: those of the model with outlier channels, not those of the model as it is.
+    """
     bits, groups, seeds = tuple(bits), tuple(groups), tuple(seeds)
     for name, variant in variants.items():
         swept = has_bits(variant)
         for count in bits_of(variant, bits):
+            if planted and count not in variant.planted:
+                continue
+            ours = seeds[:1] if count == 8 else seeds[: variant.seeds]
             for group in groups_of(variant, groups):
                 settings = dict(variant.settings)
                 settings |= {"bits": count} if swept else {}
                 settings |= {variant.group: group or PER_COLUMN} if variant.group else {}
-                yield from seeded(Case(name, variant.method, settings, count, group), seeds)
+                case = Case(name, variant.method, settings, count, group, planted=planted)
+                yield from seeded(case, ours)
 
 
 def has_bits(variant: Variant) -> bool:

@@ -69,8 +69,9 @@ def draw(rows: Sequence[Row], out: Path, title: str = "") -> Path:
 
 
 def drawable(rows: Sequence[Row]) -> list[Row]:
-    """Quantized models that were measured, with a finite loss."""
+    """Quantized models that were measured, with a finite loss; those without planted outliers."""
     measured = [r for r in rows if r["state"] == "measured" and r["method"] != "none"]
+    measured = [row for row in measured if row["inject"] is None]
     return [row for row in measured if math.isfinite(float(row["nll"]))]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import quantization
 from benchmarks.quantization_cases import VARIANTS, Variant, cases, chosen, variants
+from benchmarks.quantization_claims import judge
 from benchmarks.quantization_measure import bootstrap_error
 from benchmarks.quantization_plot import Point, frontier, means
 from data import ByteTokenizer, open_source
@@ -51,8 +52,9 @@ def log_probabilities(params, tokens):
 
 @pytest.mark.slow
 def test_figures_are_those_of_the_models_and_finished_rows_are_kept(command, tmp_path, capsys):
-    sweep = [*command, "--methods=rtn,smoothquant", "--bits=8,2", "--groups=16,12", "--markdown"]
-    assert quantization.main([*sweep, f"--plot={tmp_path / 'plot.svg'}"]) == 0
+    sweep = [*command, "--methods=rtn,smoothquant", "--bits=8,2", "--groups=16,12"]
+    sweep += [f"--plot={tmp_path / 'plot.svg'}", f"--table={tmp_path / 'table.md'}"]
+    assert quantization.main(sweep) == 0
     rows = rows_of(tmp_path)
     assert [row["state"] for row in rows] == ["measured", *("measured", "left out") * 2, "measured"]
     assert "group=12 does not divide the 32 inputs" in rows[2]["error"]
@@ -86,7 +88,8 @@ def test_figures_are_those_of_the_models_and_finished_rows_are_kept(command, tmp
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1  # only the row whose line was torn
     assert said.err.startswith("smoothquant, 8 bits, seed 0: 9.000 bits")
-    table = [line for line in said.out.splitlines() if line.startswith("|")]
+    table = (tmp_path / "table.md").read_text().splitlines()[2:]
+    table = [line for line in table if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == [row["name"] for row in rows]
 
 
@@ -107,7 +110,11 @@ def test_every_method_has_rows_and_wrong_arguments_say_what_would_be_right(comma
     assert all(case.build() for case in every)
     assert len({case.label for case in every}) == len(every)
     assert {(c.bits, c.group) for c in every if c.method == "nf4"} == {(4, 64), (4, 0)}
-    assert [c.seed for c in every if c.name == "smoothquant"] == [0, 1]
+    seeds = [(c.bits, c.seed) for c in every if c.name == "awq" and c.group == 64]
+    assert seeds == [(8, 0), *[(bits, seed) for bits in (4, 3, 2) for seed in (0, 1)]]
+    planted = list(cases(chosen([]), (8, 4, 3, 2), (64,), (0,), planted=True))
+    assert {c.name for c in planted} == {"rtn", "awq", "smoothquant", "int8", "int8_plain"}
+    assert all(c.label.endswith("outliers planted") for c in planted)
     assert chosen(["int8"]) == {"int8": VARIANTS["int8"]}
     assert list(chosen(["gptq", "nf4_double"])) == ["gptq", "nf4_double"]
     for flag, said in (
@@ -153,3 +160,38 @@ def test_a_line_is_along_means_of_seeds_and_not_along_the_luckiest():
     rows.append({**same, "group": 0, "honest_bits": 3.0, "delta_nll": 0.4})
     found = frontier(means(rows))
     assert [point.delta for point in found] == pytest.approx([0.4, 0.2])
+
+
+def test_a_claim_is_judged_by_windows_and_by_the_spread_of_seeds():
+    rng = np.random.default_rng(0)
+    windows = 3 + rng.normal(size=100)  # what they have in common falls out of differences
+    noise = rng.normal(scale=0.02, size=(5, 100))
+
+    def row(name, bits, loss, number, group=64, seed=None, inject=None):
+        own = (windows + loss + noise[number]).tolist()
+        shown = {"name": name, "bits": bits, "group": group, "seed": seed, "inject": inject}
+        return {"state": "measured", "window_nll": own, **shown}
+
+    plain = [
+        row("unquantized", None, 0, 0, None),
+        row("unquantized", None, 0, 0, None, None, "4x60"),
+    ]
+    rows = [*plain, row("rtn", 3, 0.10, 1), row("rtn", 4, 0.015, 1)]
+    rows += [row("gptq", 3, 0.05 + off, 2, seed=seed) for seed, off in enumerate((-0.01, 0, 0.01))]
+    rows += [row("gptq", 4, 0.020 + off, 3, seed=seed) for seed, off in enumerate((-0.01, 0, 0.01))]
+    rows += [row("int8", 8, 0.0, 4, None, 0, "4x60"), row("int8_plain", 8, 0.5, 4, None, 0, "4x60")]
+    found = {one.claim: one for one in judge(rows)}
+    assert {claim: one.word for claim, one in found.items()} == {
+        "gptq 4 bits, groups of 64: loses less than rtn 4 bits, groups of 64": "not decided",
+        "gptq 3 bits, groups of 64: loses less than rtn 3 bits, groups of 64": "holds",
+        "gptq 3 bits, groups of 64: loses at most 0.8 of rtn 3 bits, groups of 64": "holds",
+        "int8 8 bits, outliers planted: loses at most 0.001 nats": "not decided",
+        "int8_plain 8 bits, outliers planted: loses more than 0.001 nats": "holds",
+    }
+    three = found["gptq 3 bits, groups of 64: loses less than rtn 3 bits, groups of 64"]
+    over_windows = np.std(noise[2] - noise[1]) / 10
+    assert three.difference == pytest.approx(-0.05 + np.mean(noise[2] - noise[1]))
+    assert three.error == pytest.approx(np.hypot(over_windows, 0.01), rel=0.02)
+    assert three.seeds == 3
+    worse = [*plain, row("rtn", 3, 0.010, 1), row("gptq", 3, 0.05, 2, seed=0)]
+    assert judge(worse)[0].word == "does not hold, little lost"
