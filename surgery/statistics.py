@@ -73,7 +73,8 @@ class SavedStatistics:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for site, found in stats.items():
-            arrays = {f.name: np.asarray(getattr(found, f.name)) for f in dataclasses.fields(Stats)}
+            names = [field.name for field in dataclasses.fields(Stats)]
+            arrays: dict[str, Any] = {name: np.asarray(getattr(found, name)) for name in names}
             np.savez(partial / _file(site), **arrays)
         self._record["seconds"] += seconds
         write_json(self._folder / RECORD, self._record)
