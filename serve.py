@@ -42,7 +42,7 @@ def _serve(command) -> int:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
     layout = None if command.mesh is None else make_layout(make_mesh(command.mesh))
-    engine = Engine.open(command.checkpoint, command.engine, layout)
+    engine = Engine.open(command.checkpoint, command.engine, layout, command.adapters)
     app = create_app(engine, command.server)
     if command.server.is_public and not command.server.api_keys:
         warning = "everybody who reaches the address may use the server; see --api-key"

@@ -23,6 +23,7 @@ Serve a checkpoint: a run or checkpoint folder, a Hugging Face folder, or hub:ow
 
   python serve.py --checkpoint=runs/quickstart
   python serve.py --checkpoint=hub:owner/name --port=8001 --max-model-len=4096
+  python serve.py --checkpoint=runs/base --adapter=law=adapters/law --adapter=tales=runs/tales
 
 The environment's SHEAF_API_KEY is an API key too. The first SIGTERM or Ctrl-C lets requests end,
 a second one does not. The status is 0, 1 if the engine failed, 2 for wrong input, 3 if requests
@@ -32,12 +33,13 @@ were cut short. SHEAF_TRACEBACK=1 shows where an error came from.
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line; mesh is None where no axis was given."""
+    """A parsed command line; mesh is None where no axis was given. adapters: name -> folder."""
 
     checkpoint: str
     engine: EngineSettings
     server: ServerSettings
     mesh: MeshConfig | None
+    adapters: dict[str, str]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Command:
@@ -49,6 +51,8 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, help="a folder, or hub:owner/name")
+    text = "an adapter to serve too, under a name that requests give as model; may come again"
+    parser.add_argument("--adapter", action="append", metavar="NAME=FOLDER", help=text)
     kinds = ((ServerSettings, ""), (EngineSettings, ""), (MeshConfig, "mesh."))
     for kind, prefix in kinds:
         add_fields(parser.add_argument_group(kind.__name__), kind, prefix)
@@ -61,7 +65,21 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         EngineSettings(**engine),
         ServerSettings(**server),
         MeshConfig(**mesh) if mesh else None,
+        _adapters(known["adapter"] or []),
     )
+
+
+def _adapters(flags: Sequence[str]) -> dict[str, str]:
+    """`{name: folder}`. Raises `ValueError` for a flag without both, and a name given twice."""
+    found: dict[str, str] = {}
+    for flag in flags:
+        name, _, folder = flag.partition("=")
+        if not name or not folder:
+            raise ValueError(f"--adapter={flag}: it must be NAME=FOLDER")
+        if name in found:
+            raise ValueError(f"--adapter={flag}: there is an adapter {name} already")
+        found[name] = folder
+    return found
 
 
 def given(known: dict[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ import numpy as np
 from kernels_pallas.target import current_target
 from model.checkpoint import Checkpoint
 from serving import loading, whole
+from serving.adapters import Adapters, with_adapters
 from serving.checks import ParameterError
 from serving.device import Device, choice_row
 from serving.loop import EngineLoop
@@ -53,7 +54,8 @@ class Engine:
 
     model_name, config, tokenizer, template (of chats) are the checkpoint's; tokenizer and template
     are None where it has none. end_ids: tokens that end a text. defaults: fields of a request that
-    the checkpoint sets. limits: what a request may ask for. settings: as given.
+    the checkpoint sets. limits: what a request may ask for. settings: as given. adapters: names of
+    those that a request may name.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Engine:
         checkpoint: Checkpoint,
         settings: EngineSettings | None = None,
         layout: Layout | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """Weights are prepared and pages allocated; nothing is compiled before `start`.
 
-        layout: the one that the checkpoint was loaded with. Raises `ValueError` for settings that
-        do not fit the model or the memory.
+        layout: the one that the checkpoint was loaded with. adapters: name -> folder, of low-rank
+        adapters on this checkpoint (`serving.adapters`). Raises `ValueError` for adapters that are
+        none, and settings that do not fit the model or the memory.
         """
         self.settings = settings = settings or EngineSettings()
         self.config, files = checkpoint.config, checkpoint.files
@@ -81,7 +85,10 @@ class Engine:
         prioritises = settings.policy == "priority"
         self.limits = Limits(vocab, resolved.max_model_len, settings.max_logprobs, prioritises)
         shapes = choose_shapes(settings, resolved, platform, vocab)
-        self._device = Device(checkpoint.params, self.config, settings, resolved, shapes, layout)
+        self.adapters, params = tuple(adapters or ()), checkpoint.params
+        if adapters:
+            params = with_adapters(checkpoint, adapters, resolved.compute_dtype, layout)
+        self._device = Device(params, self.config, settings, resolved, shapes, layout)
         pool = PagePool(self._device.num_pages, resolved.page_size)
         scheduler = Scheduler(resolved.scheduler, pool)
         counts = histograms(resolved.max_model_len)
@@ -94,9 +101,10 @@ class Engine:
         source: str | Path,
         settings: EngineSettings | None = None,
         layout: Layout | None = None,
+        adapters: Adapters | None = None,
     ) -> Engine:
         """The engine of a checkpoint, run or Hugging Face folder, or of `hub:owner/name`."""
-        return cls(loading.load_checkpoint(source, layout), settings, layout)
+        return cls(loading.load_checkpoint(source, layout), settings, layout, adapters)
 
     # -- life
 
@@ -178,6 +186,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         cache_key: str = "",
+        adapter: str | None = None,
     ) -> Answer:
         """Queue a request; its outputs come in the event loop of the caller.
 
@@ -187,6 +196,7 @@ class Engine:
             request_id: unique among those that have not ended; None makes one.
             priority: lower goes first, under that policy; 0 leaves it to `params`.
             cache_key: only requests with the same one share cached pages.
+            adapter: the name of one; None is the base. Cached pages are its own.
 
         Raises:
             ParameterError: this model or engine does not allow it; names the field.
@@ -196,6 +206,7 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         now = time.monotonic()
+        adapter_id = self._adapter_id(adapter)
         prompt, params = self._resolved(tokens, params, priority)
         row = self._row(params, len(prompt))
         request_id = request_id or uuid.uuid4().hex
@@ -211,6 +222,8 @@ class Engine:
                 max_model_len=self.limits.max_model_len,
                 end_ids=self.end_ids,
                 arrival=now,
+                adapter=adapter,
+                adapter_id=adapter_id,
                 cache_key=cache_key,
                 choice=choice,
             )
@@ -223,21 +236,27 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Result]:
         """Answer prompts, texts or ids, and wait for all; starts the engine if need be.
 
         params: for all, or one a prompt; None is the defaults with the checkpoint's own on top.
+        adapter: its name, for all, or one a prompt; None is the base.
         Works in a notebook too: the waiting happens in another thread's event loop.
         """
         self.start()
         if params is None:
             params = SamplingParams(**self.defaults)
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(each)} params for {len(prompts)} prompts; one each, or one")
+        count = len(prompts)
+        each = [params] * count if isinstance(params, SamplingParams) else list(params)
+        names = [adapter] * count if isinstance(adapter, str | None) else list(adapter)
+        for what, given in (("params", each), ("adapters", names)):
+            if len(given) != count:
+                raise ValueError(f"{len(given)} {what} for {count} prompts; one each, or one")
         running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = []
         with ThreadPoolExecutor(1, "generate") as pool:
-            results = pool.submit(asyncio.run, self._generate(prompts, each, running))
+            asked = list(zip(prompts, each, names, strict=True))
+            results = pool.submit(asyncio.run, self._generate(asked, running))
             try:
                 return results.result()
             except BaseException:
@@ -247,21 +266,21 @@ class Engine:
                 raise
 
     async def _generate(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], running: list
+        self, asked: Sequence[tuple[Prompt, SamplingParams, str | None]], running: list
     ) -> list[Result]:
         running.append((asyncio.get_running_loop(), asyncio.current_task()))
         room = asyncio.Semaphore(self.settings.max_waiting)
 
-        async def one(prompt: Prompt, params: SamplingParams) -> Result:
+        async def one(prompt: Prompt, params: SamplingParams, adapter: str | None) -> Result:
             async with room:
                 tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
                 while True:
                     try:
-                        return await self.submit(tokens, params).all()
+                        return await self.submit(tokens, params, adapter=adapter).all()
                     except QueueFullError:  # Others fill it; there is time.
                         await asyncio.sleep(RETRY_S)
 
-        return list(await asyncio.gather(*map(one, prompts, params)))
+        return list(await asyncio.gather(*(one(*each) for each in asked)))
 
     # -- whole texts
 
@@ -271,7 +290,9 @@ class Engine:
             raise ParameterError("prompt", "is a text", "ids: the checkpoint has no tokenizer")
         return self.tokenizer.encode_prompt(text).tolist()
 
-    def score(self, tokens: Sequence[int], logprobs: int = 0) -> list[TokenLogprob]:
+    def score(
+        self, tokens: Sequence[int], logprobs: int = 0, adapter: str | None = None
+    ) -> list[TokenLogprob]:
         """Log-probability of each token but the first, given those before it, and of the likeliest
         `logprobs` in its place. Computed beside the running requests, in the caller's thread.
         """
@@ -283,16 +304,22 @@ class Engine:
             ids,
             count=self.limits.max_logprobs,
             longest=self.limits.max_model_len,
+            adapter=self._adapter_id(adapter),
         )
         return [dataclasses.replace(each, top=each.top[:logprobs]) for each in found]
 
-    def embed(self, texts: Sequence[Sequence[int]], pooling: whole.Pooling = "last") -> np.ndarray:
+    def embed(
+        self,
+        texts: Sequence[Sequence[int]],
+        pooling: whole.Pooling = "last",
+        adapter: str | None = None,
+    ) -> np.ndarray:
         """`float32[texts, d_model]`, vectors of length 1: the hidden state of each text's last
         token after the final norm, or the mean over its tokens.
         """
         ids = [self._checked(text) for text in texts]
-        longest = self.limits.max_model_len
-        return whole.embed(self._device.model, ids, pooling=pooling, longest=longest)
+        options = {"longest": self.limits.max_model_len, "adapter": self._adapter_id(adapter)}
+        return whole.embed(self._device.model, ids, pooling=pooling, **options)
 
     # -- what they share
 
@@ -306,6 +333,15 @@ class Engine:
             field = "stop" if params.stop else "bad_words"
             raise ParameterError(field, "is given", "empty: the checkpoint has no tokenizer")
         return prompt, resolve(params, len(prompt), self.limits)
+
+    def _adapter_id(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.adapters:
+            there = f"one of {', '.join(self.adapters)}, or none"
+            right = there if self.adapters else "none: the engine has no adapters"
+            raise ParameterError("adapter", f"is {name!r}", right)
+        return self.adapters.index(name) + 1
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         ids = [int(token) for token in tokens]

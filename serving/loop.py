@@ -161,7 +161,14 @@ class EngineLoop:
             finished=dict(self._finished),
             compilations=dict(self._device.compilations),
             histograms={name: each.copy() for name, each in self._histograms.items()},
+            running_adapters=self._adapters(State.RUNNING),
+            waiting_adapters=self._adapters(State.WAITING, State.PREEMPTED),
         )
+
+    def _adapters(self, *states: State) -> tuple[str, ...]:
+        """Names of the adapters of requests in these states."""
+        requests = [track.request for track in list(self._tracks.values())]
+        return tuple(sorted({r.adapter for r in requests if r.adapter and r.state in states}))
 
     # -- the thread
 

@@ -47,7 +47,7 @@ class Request:
 
     id: unique among live requests. prompt: ids. params: resolved, so with `max_tokens` and `seed`.
     max_model_len: most tokens of prompt and answer. end_ids: the model's end-of-text tokens.
-    arrival: seconds on any clock. adapter: the adapter's name.
+    arrival: seconds on any clock. adapter: the adapter's name. adapter_id: its number, 0 for none.
     cache_key: only requests with the same one share pages. choice: which of the `n` answers.
 
     There is no prefill phase and no decode phase: each step computes tokens so that `num_computed`
@@ -61,6 +61,7 @@ class Request:
     end_ids: frozenset[int] = frozenset()
     arrival: float = 0.0
     adapter: str | None = None
+    adapter_id: int = 0
     cache_key: str = ""
     choice: int = 0
     kind: Kind = Kind.GENERATE

@@ -73,6 +73,7 @@ class EngineStats:
     finished: sequences that ended, by `stop`, `length`, `abort`, `error`.
     compilations: programs, by phase `warmup` and `serving`.
     page_bytes: bytes of a page on a device. histograms: by name.
+    running_adapters, waiting_adapters: names of those that a sequence has.
     """
 
     running: int
@@ -90,6 +91,8 @@ class EngineStats:
     finished: Mapping[str, int]
     compilations: Mapping[str, int]
     histograms: Mapping[str, Histogram]
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
 
     @property
     def kv_cache_usage(self) -> float:

@@ -26,6 +26,7 @@ from model.decoder import segments_of
 from serving.plan import ScheduledSequence
 from serving.sampling import Rows, Sampled, Variant, sample
 from serving.sampling_settings import DEFAULT_ROOM, Room, Settings, empty_settings
+from weights import low_rank_bank
 
 Array = jax.Array
 
@@ -60,6 +61,7 @@ class Step:
     page_table: int32[sequences, width].
     tokens: size of the flat batch.
     decodes: every sequence brings one token.
+    adapters: int32[sequences], the number of each sequence's adapter, 0 for none; None is none.
     """
 
     slots: Any
@@ -69,6 +71,7 @@ class Step:
     page_table: Any
     tokens: int = dataclasses.field(metadata={"static": True})
     decodes: bool = dataclasses.field(metadata={"static": True})
+    adapters: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -171,12 +174,13 @@ def pack(
     slots[:count] = [sequence.slot for sequence in sequences]
     kv_lens[:count] = [sequence.stop for sequence in sequences]
     samples[:count] = [sequence.samples for sequence in sequences]
-    table = np.zeros((size, width), np.int32)
+    table, adapters = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
+    adapters[:count] = [sequence.request.adapter_id for sequence in sequences]
     for row, sequence in zip(table, sequences, strict=False):
         row[: len(sequence.pages)] = sequence.pages
     tokens = bucket_of("tokens", sum(counts), buckets.tokens)
     decodes = not mixed and max(counts, default=1) == 1
-    return Step(slots, kv_lens, ends, samples, table, tokens, decodes)
+    return Step(slots, kv_lens, ends, samples, table, tokens, decodes, adapters)
 
 
 @functools.partial(
@@ -208,8 +212,9 @@ def run_step(
         max_query_length=1 if step.decodes else None,
     )
     ids = state.tokens[jnp.maximum(step.slots, 0)[plan.owners], plan.positions[:, 0]]
+    adapters = jnp.zeros_like(step.slots) if step.adapters is None else step.adapters
     hidden, aux = hidden_states(
-        params,
+        low_rank_bank.choose(params, adapters[plan.owners][:, None]),
         ids[:, None],
         config,
         runtime,
@@ -217,7 +222,7 @@ def run_step(
         segment_ids=plan.valid.astype(jnp.int32),
     )
     last = hidden[jnp.maximum(plan.cu_q_lens[1:] - 1, 0)]
-    scores = logits(params, last, config, runtime)[:, 0]
+    scores = logits(low_rank_bank.choose(params, adapters[:, None]), last, config, runtime)[:, 0]
     sampled = sample(scores, _rows(state, step.slots, plan.kv_lens), variant, grammar)
     state = dataclasses.replace(state, cache=aux["cache"])
     return _written(state, step, sampled.tokens), sampled

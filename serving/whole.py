@@ -20,6 +20,7 @@ from serving.device import logprob_of
 from serving.memory import Model
 from serving.outputs import TokenLogprob
 from serving.sampling import Sampled, with_logprobs
+from weights import low_rank_bank
 
 Array = jax.Array
 SMALLEST, ROWS = 16, 256
@@ -27,19 +28,27 @@ Pooling = Literal["last", "mean"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
-def score(model: Model, tokens: Sequence[int], *, count: int, longest: int) -> list[TokenLogprob]:
+def score(
+    model: Model, tokens: Sequence[int], *, count: int, longest: int, adapter: int = 0
+) -> list[TokenLogprob]:
     """Log-probability of each token but the first, given those before it, with the `count`
     likeliest ones in its place.
 
-    longest: most tokens of a text; widths end there.
+    longest: most tokens of a text; widths end there. adapter: its number, 0 for none.
     """
     options = {"config": model.config, "runtime": model.runtime, "count": count}
-    found = jax.device_get(_score(model.params, _padded(tokens, longest), **options))
+    inputs = _padded(tokens, longest), np.int32(adapter)
+    found = jax.device_get(_score(model.params, *inputs, **options))
     return [logprob_of(found, row) for row in range(len(tokens) - 1)]
 
 
 def embed(
-    model: Model, texts: Sequence[Sequence[int]], *, pooling: Pooling, longest: int
+    model: Model,
+    texts: Sequence[Sequence[int]],
+    *,
+    pooling: Pooling,
+    longest: int,
+    adapter: int = 0,
 ) -> np.ndarray:
     """`float32[texts, d_model]`, of length 1 each: the last token's hidden state after the final
     norm, or the mean of all tokens'.
@@ -48,7 +57,9 @@ def embed(
         raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}")
     options = {"config": model.config, "runtime": model.runtime, "pooling": pooling}
     vectors = [
-        _embed(model.params, _padded(text, longest), np.int32(len(text)), **options)
+        _embed(
+            model.params, _padded(text, longest), np.int32(len(text)), np.int32(adapter), **options
+        )
         for text in texts
     ]
     return np.stack([np.asarray(vector) for vector in vectors])
@@ -56,9 +67,16 @@ def embed(
 
 @functools.partial(jax.jit, static_argnames=("config", "runtime", "count"))
 def _score(
-    params: Mapping[str, Any], tokens: Array, *, config: ModelConfig, runtime: Runtime, count: int
+    params: Mapping[str, Any],
+    tokens: Array,
+    adapter: Array,
+    *,
+    config: ModelConfig,
+    runtime: Runtime,
+    count: int,
 ) -> Sampled:
     """Each place's next token, as if it had been sampled there."""
+    params = low_rank_bank.choose(params, adapter[None, None])
     hidden, _ = hidden_states(params, tokens, config, runtime)
     following = jnp.roll(tokens[0], -1)
     size = ROWS if len(following) % ROWS == 0 else len(following)
@@ -77,11 +95,13 @@ def _embed(
     params: Mapping[str, Any],
     tokens: Array,
     length: Array,
+    adapter: Array,
     *,
     config: ModelConfig,
     runtime: Runtime,
     pooling: Pooling,
 ) -> Array:
+    params = low_rank_bank.choose(params, adapter[None, None])
     hidden = hidden_states(params, tokens, config, runtime)[0][0].astype(jnp.float32)
     if pooling == "last":
         vector = hidden[length - 1]

@@ -8,6 +8,7 @@ is gathered first, as plain weights are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,11 @@ def split_linear(
         return linear(params, x, rng)
     weight = prepare(weight, "tpu")  # scales that are coded again are whole on every device
     given, made = (layout.spec(("batch", "length", axis)) for axis in (inputs, outputs))
+    stored = specs_of(weight, PartitionSpec(given[2], made[2]))
+    if getattr(weight, "chosen", None) is not None:
+        chosen = jnp.broadcast_to(weight.chosen, x.shape[:2])
+        weight = dataclasses.replace(weight, chosen=chosen)
+        stored = dataclasses.replace(stored, chosen=PartitionSpec(*given[:2]))
     summed = axis_names(given[2])
 
     def local(x: Array, weight: Any) -> Array:
@@ -54,7 +60,7 @@ def split_linear(
     y = jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(given, specs_of(weight, PartitionSpec(given[2], made[2]))),
+        in_specs=(given, stored),
         out_specs=made,
         check_vma=False,
     )(x, weight)

@@ -58,6 +58,7 @@ class ScriptedEngine:
     breaks_at: int | None = None
     breaks_alone: bool = False
     ready: bool = True
+    adapters: tuple[str, ...] = ()
     template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate(TEMPLATE))
 
     model_name = "scripted"
@@ -71,7 +72,7 @@ class ScriptedEngine:
         self.waiting = 0
         self.finished = Counter()
         self.generated = 0
-        self.seen = []
+        self.seen, self.asked = [], []
         self._tasks = {}
         self._refuses = False
 
@@ -86,7 +87,7 @@ class ScriptedEngine:
         self._refuses = True
         return not self._tasks
 
-    def submit(self, tokens, params, *, request_id=None):
+    def submit(self, tokens, params, *, request_id=None, adapter=None):
         if self._refuses or self.failure is not None:
             raise EngineStoppedError("the engine is stopping and takes no more requests")
         if self.waiting >= self.most_waiting:
@@ -94,6 +95,7 @@ class ScriptedEngine:
         prompt = [int(token) for token in truncate(tokens, params, self.limits)]
         params = resolve(params, len(prompt), self.limits)
         self.seen.append((prompt, params))
+        self.asked.append(adapter)
         answer = Answer(request_id, params, self._abort, asyncio.get_running_loop())
         works = [self._work(answer, prompt, params, c) for c in range(params.candidates)]
         self._tasks[answer] = [asyncio.ensure_future(work) for work in works]
@@ -173,10 +175,10 @@ class ScriptedEngine:
             completion_tokens=len(request.output),
         )
 
-    def score(self, tokens, logprobs=0):
+    def score(self, tokens, logprobs=0, *, adapter=None):
         return [logprob(token, logprobs) for token in tokens[1:]]
 
-    def embed(self, texts):
+    def embed(self, texts, *, adapter=None):
         rows = [np.bincount(text, minlength=258)[:258] for text in texts]
         return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
 
@@ -195,6 +197,8 @@ class ScriptedEngine:
             finished=dict(self.finished),
             compilations={"warmup": 3, "serving": 0},
             histograms={"step_seconds": Histogram((0.1, 1.0), [2, 1, 1], 5.5)},
+            running_adapters=("law",),
+            waiting_adapters=(),
         )
 
 

@@ -11,6 +11,7 @@ from tiny import tiny_config, write_text
 
 from model import ModelConfig, Runtime, forward, init
 from model.checkpoint import load, save
+from model.peft import CONFIG
 from surgery.__main__ import main
 from surgery.adapt import (
     AdapterFileError,
@@ -24,7 +25,6 @@ from surgery.adapt import (
     unmerge,
     without_adapters,
 )
-from surgery.adapt.peft_config import CONFIG
 from training import train_language_model
 from weights import LowRank, flatten, grouped, map_with_path, normal_float
 

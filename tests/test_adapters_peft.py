@@ -8,8 +8,8 @@ import pytest
 
 from model import Runtime, forward
 from model.families import import_checkpoint
+from model.peft import CONFIG
 from surgery.adapt import adapters, load_peft, save_peft
-from surgery.adapt.peft_config import CONFIG
 
 pytestmark = [
     pytest.mark.interop,

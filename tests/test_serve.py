@@ -145,7 +145,7 @@ def test_flags_set_the_fields_of_the_settings(monkeypatch):
     flags = (
         "--checkpoint=runs/x --port=0 --api-key=a --api-key=b --max-model-len=99 --mesh.tensor=2 "
         "--no-prefix-caching --decode-sizes=4,8 --policy=lpm --request-timeout-s=1.5 "
-        "--served-name=m --tool-parser=mistral"
+        "--served-name=m --tool-parser=mistral --adapter=law=a/b=c --adapter=tales=d"
     )
     command = parse(flags.split())
     assert command.checkpoint == "runs/x"
@@ -156,6 +156,7 @@ def test_flags_set_the_fields_of_the_settings(monkeypatch):
     assert (command.engine.decode_sizes, command.engine.policy) == ((4, 8), "lpm")
     assert command.engine.request_timeout_s == 1.5
     assert command.mesh == MeshConfig(tensor=2)
+    assert command.adapters == {"law": "a/b=c", "tales": "d"}
     assert parse(["--checkpoint=x"]).mesh is None
 
 
@@ -176,6 +177,8 @@ def test_help_explains_every_flag(capsys):
         (["--checkpoint=x", "--port=70000"], "port is 70000"),
         (["--checkpoint=x", "--api-key="], "empty key"),
         (["--checkpoint=x", "--memory-fraction=2"], "memory_fraction is 2"),
+        (["--checkpoint=x", "--adapter=law"], "--adapter=law: it must be NAME=FOLDER"),
+        (["--checkpoint=x", "--adapter=a=b", "--adapter=a=c"], "an adapter a already"),
     ],
 )
 def test_wrong_input_is_one_line(flags, words, capsys):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import urllib.request
 
 import numpy as np
 import pytest
 
 pytest.importorskip("openai")
 from scripted_engine import ScriptedEngine, connect, post, read, serving
+
+from serving.server import ServerSettings, create_app
 
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
 SCRIPT = {
@@ -220,6 +223,24 @@ def test_models_tokens_and_versions_are_told(client, url):
     assert read(url + "/tokenizer_info")[2]["eos_token"] == "<|eos|>"
     assert "version" in read(url + "/version")[2]
     assert read(url + "/openapi.json")[2]["info"]["title"] == "Sheaf"
+
+
+def test_an_adapter_is_a_model_whose_parent_is_the_base():
+    engine = ScriptedEngine(SCRIPT, adapters=("law", "tales"))
+    with serving(engine, served_names=("m",), open_metrics=True) as (url, _), connect(url) as us:
+        told = {model.id: model.parent for model in us.models.list()}
+        assert told == {"m": None, "law": "m", "tales": "m"}
+        for model in ("m", "tales"):
+            assert us.completions.create(model=model, prompt="Count").model == model
+        assert us.chat.completions.create(model="law", messages=USER).model == "law"
+        assert engine.asked == [None, "tales", "law"]
+        status, _, body = post(url, "/v1/completions", {"prompt": "Count", "model": "lore"})
+        assert (status, body["error"]["code"]) == (404, "model_not_found")
+        assert "there is m, law, tales" in body["error"]["message"]
+        with urllib.request.urlopen(url + "/metrics", timeout=20) as answer:
+            assert b'running_lora_adapters="law"' in answer.read()
+    with pytest.raises(ValueError, match="law is the name of the model and of an adapter"):
+        create_app(engine, ServerSettings(served_names=("law",)))
 
 
 def test_the_client_names_its_request_and_long_names_are_not_taken(url):

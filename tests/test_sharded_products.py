@@ -23,6 +23,7 @@ from weights import (
     grouped,
     int8,
     linear,
+    low_rank_bank,
     normal_float,
     stack,
 )
@@ -34,6 +35,13 @@ GROUPED = functools.partial(grouped.quantize, bits=8, group=32)
 def found_in_calls(w):
     coded = int8.quantize(w, act=ActQuant())
     return Int8(coded.q, coded.scale, coded.act, Outlier(threshold=2.0, capacity=4))
+
+
+def bank(w):
+    """Each row of the batch takes another adapter, or none."""
+    base = GROUPED(w)
+    held = low_rank_bank.join(base, [adapted(base), adapted(base, 5)])
+    return low_rank_bank.choose(held, jnp.asarray([[1], [0], [2], [1]]))
 
 
 FORMATS = {
@@ -51,6 +59,7 @@ FORMATS = {
     "outliers of a call": (found_in_calls, False, False),
     "permuted": (lambda w: Permuted(GROUPED(w), jnp.arange(256)[::-1]), True, False),
     "qlora": (lambda w: adapted(normal_float.quantize(w, 32)), True, True),
+    "bank": (bank, True, True),
 }
 
 

@@ -17,6 +17,7 @@ from weights import (
     float4,
     grouped,
     int8,
+    low_rank_bank,
     lut,
     mixed,
     second_order,
@@ -36,6 +37,12 @@ def matrix(rows: int, columns: int, seed: int = 0) -> Array:
 def adapted(base, rank: int = 2):
     rows, columns = base.shape[-2:]
     return LowRank(base, matrix(rows, rank, 7), matrix(rank, columns, 8), scale=0.5)
+
+
+def bank(w: Array):
+    """Two adapters of other ranks over one base, and one that leaves it alone."""
+    base = int8.quantize(w)
+    return low_rank_bank.join(base, [adapted(base), None, adapted(base, 3)])
 
 
 def spqr(w: Array):
@@ -84,6 +91,7 @@ MAKERS: dict[str, Callable[[Array], object]] = {
     "int4": lambda w: grouped.quantize(w, 4, 32),
     "int3_one_group": lambda w: grouped.quantize(w, 3, -1, symmetric=True),
     "qlora": lambda w: adapted(nf4.quantize(w, 32, double=True)),
+    "bank": bank,
     "tables": selected,
     "permuted": lambda w: Permuted(float4.quantize(w, 32), jnp.arange(len(w))[::-1]),
     "spqr": spqr,

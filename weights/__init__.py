@@ -13,6 +13,7 @@ from weights.grouped import Grouped
 from weights.int8 import Int8, Outlier
 from weights.layers import bias_add, embed, linear, lookup, matmul, matmul_transposed, unembed
 from weights.low_rank import LowRank
+from weights.low_rank_bank import LowRankBank
 from weights.lut import Lut
 from weights.mixed import Mixed
 from weights.permuted import Permuted
@@ -46,6 +47,7 @@ __all__ = [
     "Grouped",
     "Int8",
     "LowRank",
+    "LowRankBank",
     "Lut",
     "Mixed",
     "OfLayer",

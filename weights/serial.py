@@ -16,6 +16,7 @@ from weights.codebook import Codebook
 from weights.grouped import Grouped
 from weights.int8 import Int8, Outlier
 from weights.low_rank import LowRank
+from weights.low_rank_bank import LowRankBank
 from weights.lut import Lut
 from weights.mixed import Mixed
 from weights.permuted import Permuted
@@ -30,6 +31,7 @@ FORMATS: dict[str, type] = {
     "grouped": Grouped,
     "int8": Int8,
     "low_rank": LowRank,
+    "low_rank_bank": LowRankBank,
     "lut": Lut,
     "mixed": Mixed,
     "outlier": Outlier,

@@ -122,20 +122,22 @@ def _models(service: Service) -> APIRouter:
     routes = APIRouter(responses=ERRORS)
 
     def model(name: str) -> dict[str, Any]:
+        base = service.names[0]
         return {
             "id": name,
             "object": "model",
             "created": service.created,
             "owned_by": "sheaf",
-            "root": service.names[0],
-            "parent": None,
+            "root": base,
+            "parent": base if name in service.engine.adapters else None,
             "max_model_len": service.engine.limits.max_model_len,
         }
 
     @routes.get("/v1/models")
     async def models() -> Response:
-        """The names of the model."""
-        return JsonResponse({"object": "list", "data": [model(name) for name in service.names]})
+        """The names of the model, and its adapters, whose `parent` it is."""
+        names = (*service.names, *service.engine.adapters)
+        return JsonResponse({"object": "list", "data": [model(name) for name in names]})
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:

@@ -17,13 +17,15 @@ from serving.sampling_params import Limits, SamplingParams
 class Engine(Protocol):
     """An engine, started by the server and stopped by it.
 
-    model_name, tokenizer, template (of chats) and limits are the model's.
+    model_name, tokenizer, template (of chats) and limits are the model's. adapters: names of those
+    that a request may choose in place of the model.
     """
 
     model_name: str
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     limits: Limits
+    adapters: Sequence[str]
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -54,18 +56,25 @@ class Engine(Protocol):
         ...
 
     def submit(
-        self, tokens: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        adapter: str | None = None,
     ) -> Answer:
         """Queue a request; raises `ParameterError`, `QueueFullError`, `EngineStoppedError`, and
         `ValueError` for what can never run.
         """
         ...
 
-    def score(self, tokens: Sequence[int], logprobs: int = 0) -> Sequence[TokenLogprob]:
+    def score(
+        self, tokens: Sequence[int], logprobs: int = 0, *, adapter: str | None = None
+    ) -> Sequence[TokenLogprob]:
         """Log-probabilities of the tokens of a text but the first; blocks."""
         ...
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Any:
+    def embed(self, texts: Sequence[Sequence[int]], *, adapter: str | None = None) -> Any:
         """`float32[texts, d_model]`; blocks."""
         ...
 

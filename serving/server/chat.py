@@ -38,7 +38,7 @@ from serving.server.tools import SPECIAL_MARKS, TOOL_PARSERS, Call, Part, ToolPa
 async def chat(service: Service, body: ChatRequest, note: Note) -> Response:
     """Answer a request."""
     service.check_ready()
-    service.check_model(body.model)
+    adapter = service.check_model(body.model)
     params = sampling(service, body, chat=True)
     uses_tools = calls_tools(body)
     if uses_tools and service.settings.tool_parser in SPECIAL_MARKS:
@@ -47,7 +47,7 @@ async def chat(service: Service, body: ChatRequest, note: Note) -> Response:
     tokens = await encode_messages(
         service.tokenizer, engine.template, body.messages, body, with_tools=uses_tools
     )
-    job = make_job(service, [tokens], params, new_id("chatcmpl"))
+    job = make_job(service, [tokens], params, new_id("chatcmpl"), adapter)
     answer = Chat(service, body, params, job, uses_tools)
     note.job = job
     job.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -37,12 +38,12 @@ Logprobs = Callable[[Sequence[TokenLogprob]], dict[str, Any] | None]
 async def complete(service: Service, body: CompletionRequest, note: Note) -> Response:
     """Answer a request."""
     service.check_ready()
-    service.check_model(body.model)
+    adapter = service.check_model(body.model)
     params = sampling(service, body)
     prompts = await encode_prompts(
         service.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens
     )
-    job = make_job(service, prompts, params, new_id("cmpl"))
+    job = make_job(service, prompts, params, new_id("cmpl"), adapter)
     answer = Completion(service, body, params, job, await _scored(service, job, params))
     note.job = job
     job.start()
@@ -57,7 +58,7 @@ async def _scored(
     """Log-probabilities of the prompts' tokens but the first, where the answer shows them."""
     if not params.echo or params.logprobs is None:
         return []
-    score = service.engine.score
+    score = functools.partial(service.engine.score, adapter=job.adapter)
     return [
         await asyncio.to_thread(score, prompt.tokens, params.logprobs) for prompt in job.prompts
     ]

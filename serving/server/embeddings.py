@@ -18,12 +18,13 @@ from serving.server.service import Service
 async def embed(service: Service, body: EmbeddingRequest) -> Response:
     """Answer a request."""
     service.check_ready()
-    service.check_model(body.model)
+    adapter = service.check_model(body.model)
     engine = service.engine
     prompts = await encode_prompts(service.tokenizer, body.input, param="input")
     _check_lengths(prompts, engine.limits.max_model_len)
     try:
-        vectors = np.asarray(await asyncio.to_thread(engine.embed, prompts), np.float32)
+        found = await asyncio.to_thread(engine.embed, prompts, adapter=adapter)
+        vectors = np.asarray(found, np.float32)
     except NotImplementedError as error:
         raise ApiError(501, "this engine has no embeddings") from error
     vectors = shortened(vectors, body.dimensions)

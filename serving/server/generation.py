@@ -63,7 +63,11 @@ def sampling(service: Service, body: Generation, *, chat: bool = False) -> Sampl
 
 
 def make_job(
-    service: Service, prompts: Sequence[Sequence[int]], params: SamplingParams, id: str
+    service: Service,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    id: str,
+    adapter: str | None = None,
 ) -> Job:
     """The work on prompts. Raises `ParameterError` for what the model or engine does not allow."""
     wanted = len(prompts) * max(params.n, params.candidates)
@@ -78,7 +82,7 @@ def make_job(
     for ids in prompts:
         kept = truncate(ids, params, limits)
         work.append(Prompt(kept, resolve(params, len(kept), limits)))
-    return Job(service, work, id)
+    return Job(service, work, id, adapter)
 
 
 @dataclass(frozen=True)

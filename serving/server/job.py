@@ -49,12 +49,15 @@ class Delta:
 class Job:
     """The answers to the prompts of one request, `n` choices each.
 
-    prompts: all with one `n`. id: unique in the engine. finish_reasons: of the choices that ended,
-    by index. texts: of each choice so far, where requests are logged.
+    prompts: all with one `n`. id: unique in the engine. adapter: of all prompts, None for the
+    model itself. finish_reasons: of the choices that ended, by index. texts: of each choice so far,
+    where requests are logged.
     """
 
-    def __init__(self, service: Service, prompts: Sequence[Prompt], id: str) -> None:
-        self.id, self.prompts = id, prompts
+    def __init__(
+        self, service: Service, prompts: Sequence[Prompt], id: str, adapter: str | None = None
+    ) -> None:
+        self.id, self.prompts, self.adapter = id, prompts, adapter
         self.n = prompts[0].params.n
         self.finish_reasons: dict[int, str] = {}
         self.texts: dict[int, list[str]] = {}
@@ -77,7 +80,10 @@ class Job:
         try:
             for number, prompt in enumerate(self.prompts):
                 answer = self._service.engine.submit(
-                    prompt.tokens, prompt.params, request_id=f"{self.id}-{number}"
+                    prompt.tokens,
+                    prompt.params,
+                    request_id=f"{self.id}-{number}",
+                    adapter=self.adapter,
                 )
                 self._answers.append(answer)
         except Exception as error:

@@ -91,6 +91,8 @@ class Metrics:
             if new in found:
                 yield self._histogram(name, HISTOGRAMS[new], found[new])
         yield self._cache_config(stats)
+        if self._engine.adapters:
+            yield self._adapters(stats)
 
     def _single(self, kind: Any, name: str, text: str, value: float) -> Metric:
         family = kind(f"{self._prefix}:{name}", text, labels=tuple(self._labels))
@@ -111,6 +113,18 @@ class Metrics:
         family = HistogramMetricFamily(f"{self._prefix}:{name}", text, labels=tuple(self._labels))
         buckets = list(zip(edges, counts, strict=True))
         family.add_metric(tuple(self._labels.values()), buckets, float(histogram.total))
+        return family
+
+    def _adapters(self, stats: Any) -> Metric:
+        labels = {
+            **self._labels,
+            "max_lora": str(len(self._engine.adapters)),
+            "running_lora_adapters": ",".join(stats.running_adapters),
+            "waiting_lora_adapters": ",".join(stats.waiting_adapters),
+        }
+        name, text = f"{self._prefix}:lora_requests_info", "Adapters of requests, as labels."
+        family = GaugeMetricFamily(name, text, labels=tuple(labels))
+        family.add_metric(tuple(labels.values()), 1.0)
         return family
 
     def _cache_config(self, stats: Any) -> Metric:

@@ -43,6 +43,8 @@ class Service:
     def __post_init__(self) -> None:
         if self.engine.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer; a server needs one to read prompts")
+        if twice := set(self.names) & set(self.engine.adapters):
+            raise ValueError(f"{', '.join(twice)} is the name of the model and of an adapter")
         self.tokenizer = self.engine.tokenizer
         self.texts = TokenTexts(self.tokenizer)
         self.metrics = Metrics(self.engine, self.settings.metrics_prefix)
@@ -62,11 +64,17 @@ class Service:
         if not self.engine.ready:
             raise ApiError(503, "the engine is starting", retry_after=UNREADY_RETRY_S)
 
-    def check_model(self, name: str | None) -> None:
-        """Raise the error of a model that is not here; none is the first."""
-        if name is not None and name not in self.names:
-            message = f"the model {name!r} does not exist; there is {', '.join(self.names)}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    def check_model(self, name: str | None) -> str | None:
+        """The adapter that a model's name means; None for the model itself, whose name may be left
+        out. Raises the error of a model that is not here.
+        """
+        if name is None or name in self.names:
+            return None
+        if name in self.engine.adapters:
+            return name
+        there = ", ".join((*self.names, *self.engine.adapters))
+        message = f"the model {name!r} does not exist; there is {there}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
     def enter(self, job: Job) -> None:
         """A request begins."""

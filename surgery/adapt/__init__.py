@@ -4,6 +4,7 @@ params = attach(params, LoRA(rank=8), jax.random.key(0))
 params = merge(params)
 """
 
+from model.peft import AdapterFileError, load_peft, save_peft
 from surgery.adapt.lora import (
     LoRA,
     adapters,
@@ -13,7 +14,6 @@ from surgery.adapt.lora import (
     unmerge,
     without_adapters,
 )
-from surgery.adapt.peft_files import AdapterFileError, load_peft, save_peft
 
 __all__ = [
     "AdapterFileError",

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import Checkpoint, load, save, stored_params
+from model.peft import CONFIG, load_peft, save_peft
 from model.provenance import provenance
 from surgery.adapt.lora import LoRA, adapters, attach, count_adapter_parameters, merge, unmerge
-from surgery.adapt.peft_config import CONFIG
-from surgery.adapt.peft_files import load_peft, save_peft
 from surgery.arguments import add_fields, plain_fields
 from surgery.cast import cast_checkpoint
 

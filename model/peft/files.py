@@ -26,16 +26,16 @@ from model.config import ModelConfig
 from model.families.exporter import describe_as
 from model.families.reader import WeightFiles
 from model.families.safetensors_format import file_order, make_header, read_header
-from model.segments import segments_of
-from surgery.adapt.modules import Module, by_path, linear_modules
-from surgery.adapt.peft_config import (
+from model.peft.config import (
     CONFIG,
     AdapterConfig,
     AdapterFileError,
     altered_base,
     read_config,
 )
-from surgery.adapt.whole_modules import WholeModules
+from model.peft.modules import Module, by_path, linear_modules
+from model.peft.whole_modules import WholeModules
+from model.segments import segments_of
 from weights import LowRank, flatten, from_flat, nearest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -63,6 +63,23 @@ def load_peft(
     Raises:
         AdapterFileError: a field, a tensor or a shape that does not fit, by name and file.
     """
+    flat = flatten(params)
+    low_rank, whole = read_peft(folder, config, params, family=family, base=base)
+    return from_flat(flat | whole | low_rank)
+
+
+def read_peft(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Any,
+    *,
+    family: str | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, LowRank], dict[str, Any]]:
+    """`({our path: weight with adapter}, {our path: weight that the adapter stores whole})`.
+
+    Arguments and errors are those of `load_peft`.
+    """
     folder = Path(folder)
     settings = read_config(folder)
     tensors = _read(folder)
@@ -76,15 +93,17 @@ def load_peft(
         warnings.warn(
             f"{settings.path}: init_lora_weights is {name!r}, which altered the base: this adapter "
             "is right only beside the altered base",
-            stacklevel=2,
+            stacklevel=3,
         )
     flat = flatten(params)
-    whole = WholeModules(chosen, config, segments, folder / WEIGHTS)
-    flat.update(whole.replaced(flat, rest))
-    for path, held in by_path(modules).items():
-        if any(module.name in pairs for module, _ in held):
-            flat[path] = _low_rank(flat[path], held, pairs, settings)
-    return from_flat(flat)
+    whole = WholeModules(chosen, config, segments, folder / WEIGHTS).replaced(flat, rest)
+    flat |= whole
+    low_rank = {
+        path: _low_rank(flat[path], held, pairs, settings)
+        for path, held in by_path(modules).items()
+        if any(module.name in pairs for module, _ in held)
+    }
+    return low_rank, whole
 
 
 def save_peft(

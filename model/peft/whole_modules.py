@@ -16,7 +16,7 @@ import numpy as np
 from model.config import ModelConfig, Segment
 from model.families.family import Family
 from model.families.plan import Source, sources, their_shapes
-from surgery.adapt.peft_config import AdapterFileError
+from model.peft.config import AdapterFileError
 from weights import is_format, nearest
 
 
