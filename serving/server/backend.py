@@ -25,7 +25,7 @@ class Engine(Protocol):
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     limits: Limits
-    adapters: Sequence[str]
+    adapters: tuple[str, ...]
 
     @property
     def defaults(self) -> Mapping[str, Any]:
