@@ -68,9 +68,11 @@ def _read_theirs(folder: Path, checkpoint: Checkpoint) -> dict[str, LowRank]:
     config_file = checkpoint.files.get("config.json")
     base = None if config_file is None else json.loads(config_file)
     low_rank, whole = read_peft(folder, checkpoint.config, checkpoint.params, base=base)
-    if whole:
+    ours = flatten(checkpoint.params)
+    changed = sorted(path for path, weight in whole.items() if not _equal(weight, ours[path]))
+    if changed:
         raise AdapterFileError(
-            f"{folder} stores weights whole ({', '.join(sorted(whole))}), and adapters that share "
+            f"{folder} stores weights whole ({', '.join(changed)}), and adapters that share "
             "a base are low-rank alone; `python -m surgery import-adapter` makes a checkpoint of "
             "it to serve by itself"
         )

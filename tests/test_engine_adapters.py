@@ -18,7 +18,7 @@ from serving import Engine, ParameterError, SamplingParams
 from serving.device import prepared
 from sharding import MeshConfig, make_layout, make_mesh, partition
 from surgery.adapt import LoRA, attach, save_peft
-from weights import LowRank, grouped, map_with_path, stack
+from weights import LowRank, int8, map_with_path, stack
 
 CONFIG = dataclasses.replace(WINDOWED, layer_overrides=())
 NEW = 10
@@ -50,7 +50,7 @@ def quantized():
     def change(path, leaf):
         if not path.startswith("layers/") or not path.endswith("/kernel"):
             return leaf
-        return stack([grouped.quantize(matrix, bits=8, group=8) for matrix in leaf])
+        return stack([int8.quantize(matrix) for matrix in leaf])
 
     return map_with_path(change, params_of(CONFIG))
 
@@ -163,6 +163,7 @@ def test_a_quantized_base_on_one_device_or_a_mesh_serves_them_too(devices, tmp_p
 
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_adapters_of_peft_are_served_as_peft_computes_them(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -185,7 +186,7 @@ def test_adapters_of_peft_are_served_as_peft_computes_them(tmp_path):
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
         model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
         for key, parameter in model.named_parameters():
-            if "lora_" in key:
+            if "lora_" in key or "modules_to_save" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():

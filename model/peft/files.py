@@ -186,7 +186,8 @@ def _pairs(folder: Path, tensors: Arrays) -> tuple[dict[str, Arrays], Arrays]:
                 f"{folder / WEIGHTS}: {name} is not read here: adapters of linear layers are"
             )
         else:
-            rest[bare.replace(".modules_to_save.default.", ".")] = array
+            # PEFT stores the base of an adapted head beside its adapter.
+            rest[bare.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = array
     return pairs, rest
 
 
