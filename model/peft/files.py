@@ -186,8 +186,9 @@ def _pairs(folder: Path, tensors: Arrays) -> tuple[dict[str, Arrays], Arrays]:
                 f"{folder / WEIGHTS}: {name} is not read here: adapters of linear layers are"
             )
         else:
-            # PEFT stores the base of an adapted head beside its adapter.
-            rest[bare.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = array
+            # An adapted head's base is stored beside its adapter.
+            plain = re.sub(r"\.(modules_to_save\.default|base_layer)\.", ".", bare)
+            rest[plain] = array
     return pairs, rest
 
 
