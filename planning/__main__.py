@@ -1,6 +1,7 @@
 """`python -m planning`: what a run or a server would take.
 
     python -m planning compile --config=configs/k2_65b.py --topology=v5p:8x8x16
+    python -m planning search --config=configs/k2_65b.py --hardware=tpu-v5p --devices=1024
     python -m planning roofline --config=configs/llama2_7b.py --hardware=h100 --batch=8
     python -m planning serve --config=configs/llama2_7b.py --hardware=h100,tpu-v5e
 
@@ -59,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     ahead = command("compile", _compile, "compile the training step for a TPU slice")
     ahead.add_argument("--topology", required=True, help="such as v5p:8x8x16, or 2*v5e:16x16")
 
+    search = command("search", _search, "the fastest meshes that fit")
+    search.add_argument("--hardware", required=True, help="a name of the table")
+    search.add_argument("--devices", type=int, required=True)
+    search.add_argument("--top", type=int, default=8, help="plans to show (default: 8)")
+    search.add_argument("--stages", action="store_true", help="consider pipelines too")
+
     roofline = command("roofline", _roofline, "time of each operator at least")
     roofline.add_argument("--hardware", required=True, help="a name of the table")
     roofline.add_argument("--batch", type=int, default=1)
@@ -73,14 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--ttft-limit", type=float, help="seconds to the first token")
     serve.add_argument("--tpot-limit", type=float, help="seconds between tokens")
     serve.add_argument("--tensor", type=int, default=1, help="devices that share the model")
-    serve.add_argument("--efficiency", type=float, default=1.0, help="of every peak (default: 1)")
     serve.add_argument("--requirements", action="store_true", help="the least hardware instead")
 
+    for each in (search, serve):
+        each.add_argument(
+            "--efficiency", type=float, default=1.0, help="of every peak (default: 1)"
+        )
+    for each in (search, roofline, serve):
+        each.add_argument("--hardware-json", help="a file with more hardware")
     for each in (roofline, serve):
         each.add_argument("--weight-bits", type=float, default=16.0)
         each.add_argument("--cache-bits", type=float, default=16.0)
         each.add_argument("--activation-bits", type=float, default=16.0)
-        each.add_argument("--hardware-json", help="a file with more hardware")
     return parser
 
 
@@ -106,6 +117,22 @@ def _compile(known: argparse.Namespace, config: Any) -> int:
     _print(*plan_text(plan))
     _write(known.json, dataclasses.asdict(plan))
     return 0 if plan.fits else 1
+
+
+def _search(known: argparse.Namespace, config: Any) -> int:
+    from planning.roofline import Efficiency
+    from planning.search import Cluster, Run, search
+    from planning.show import search_table
+
+    ((name, device),) = _hardware(known).items()
+    run = Run(config.model.resolve(), config.data.batch_size, config.data.length, known.stages)
+    cluster = Cluster(device, known.devices, Efficiency(*[known.efficiency] * 3))
+    found = search(run, cluster, known.top)
+    batch = f"{run.batch:,} x {run.length:,} tokens"
+    _print(search_table(f"{config.name}, {batch}, {known.devices} x {name}", found))
+    _print(f"\nthe first: {found[0].flags()}")
+    _write(known.json, [dataclasses.asdict(each) for each in found])
+    return 0
 
 
 def _bits(known: argparse.Namespace) -> Any:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -71,6 +72,12 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
+@functools.cache
+def parameters_of(config: ModelConfig) -> int:
+    """Trained values of a model; counted once."""
+    return count_parameters(config)
+
+
 def training_memory(
     config: ModelConfig,
     split: Split,
@@ -88,7 +95,7 @@ def training_memory(
     else what Megatron counts without scores (arXiv 2205.05198, eq. 2): 34 s b d_model bytes.
     """
     stored = stored or Stored()
-    share = count_parameters(config) / (split.tensor * split.stage * split.fsdp * split.expert)
+    share = parameters_of(config) / (split.tensor * split.stage * split.fsdp * split.expert)
     divided = [split.data if split.zero >= level else 1 for level in (3, 2, 1)]
     tokens = micro_batch * length / split.context
     in_flight = min(micro_batches, split.stage)
@@ -114,7 +121,7 @@ def inference_memory(
     outside = sum(
         math.prod(spec.shape) for spec, segment in describe(config).values() if not segment
     )
-    weights = (count_parameters(config) - outside) * bits.weights / 8 + outside * bits.head / 8
+    weights = (parameters_of(config) - outside) * bits.weights / 8 + outside * bits.head / 8
     cache = 0.0
     for segment in config.segments:
         layer = segment.layer

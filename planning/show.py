@@ -12,9 +12,11 @@ from planning.hardware import Hardware
 from planning.inference import Report
 from planning.operators import total_bytes, total_flops
 from planning.roofline import Timed, merged, seconds
+from sharding.mesh import AXES
 
 if TYPE_CHECKING:
     from planning.compile_ahead import Plan
+    from planning.search import Candidate
 
 GIB = 2**30
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -85,6 +87,37 @@ def report_table(title: str, reports: Sequence[tuple[str, Report]]) -> Table:
     ]
     columns = ("hardware", "first token", "each token", "tokens/s", "weights GiB", "cache GiB")
     return table(title, (*columns, "fits", "bound by (prefill / decode)"), rows)
+
+
+def search_table(title: str, found: Sequence[Candidate]) -> Table:
+    """A row a plan, the fastest first."""
+    rows = []
+    for each in found:
+        axes = {axis: getattr(each.split, axis) for axis in AXES}
+        rows.append(
+            (
+                " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "1 device",
+                str(each.micro_batch),
+                str(each.accumulation),
+                "yes" if each.remat else "no",
+                f"{each.memory.total / GIB:.1f}",
+                duration(each.time.seconds),
+                duration(each.time.exposed),
+                duration(each.time.hidden),
+                duration(each.time.bubble),
+                f"{each.utilization:.1%}",
+            )
+        )
+    columns = (
+        "mesh",
+        "rows",
+        "micro-batches",
+        "recomputes",
+        "GiB",
+        "step at least",
+        "waits for sums",
+    )
+    return table(title, (*columns, "network behind", "bubble", "MFU at most"), rows)
 
 
 def plan_text(plan: Plan) -> list[Any]:
