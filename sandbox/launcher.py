@@ -216,6 +216,8 @@ class Launcher:
             self.missing["landlock"] = "the kernel offers none (Linux 5.13 or newer does)"
         if not self.walls.seccomp:
             self.missing["seccomp"] = "the system calls of this kind of processor are not known"
+        if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+            self.missing["memory"] = "the kernel lists no children, so only each process is bounded"
 
     def probe(self, request: dict[str, Any]) -> dict[str, Any]:
         """Build walls around a real program; a wall that cannot be built is left out, and noted."""
