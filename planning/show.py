@@ -90,7 +90,7 @@ def report_table(title: str, reports: Sequence[tuple[str, Report]]) -> Table:
 
 
 def search_table(title: str, found: Sequence[Candidate]) -> Table:
-    """A row a plan, the fastest first: sequences of a micro-batch, micro-batches, and seconds of the
+    """A row a plan, the fastest first: sequences of a micro-batch, micro-batches, and seconds of a
     step, of sums that wait, of exchanges that hide behind computing, of the pipeline's idle time.
     """
     rows = []
