@@ -160,7 +160,20 @@ def test_a_completion_streams_with_its_probabilities(browser, url):
             expect(box.locator("dd").nth(3)).to_have_text(str(rank) if rank <= 5 else "> 5")
             assert likely[0] == pytest.approx(log_of(box.locator("meter").first), rel=1e-3)
         page.mouse.move(2, 2)
-        expect(page.locator("#token")).to_be_hidden()
+        expect(box).to_be_hidden()
+
+        shown.nth(3).click()  # To go on from there with what was not chosen.
+        page.keyboard.press("Escape")
+        expect(shown.nth(3)).to_be_focused()
+        page.keyboard.press("Enter")
+        token, other = next(
+            (each.text_content(), each)
+            for each in box.locator(".likely button").all()
+            if each.text_content() in choice["logprobs"]["top_logprobs"][3]
+        )
+        again = sent(page, TEXT, lambda: other.press("Enter"))
+        assert again == {**body, "prompt": "say" + choice["text"][:3] + token}
+        ended(page, "#run")
 
 
 def log_of(meter):
