@@ -13,6 +13,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import tokenizers
 from prometheus_client.parser import text_string_to_metric_families
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -20,6 +21,7 @@ pytest.importorskip("openai")
 from scripted_engine import ScriptedEngine, post, serving, wait_until  # noqa: E402
 from tiny_engine import SETTINGS, TOKENIZER, checkpoint  # noqa: E402
 
+from data.tokenizers import load_tokenizer  # noqa: E402
 from serving import Engine  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
@@ -192,9 +194,30 @@ def test_tokens_of_any_bytes_and_the_prompt_add_up_to_the_text(browser, url):
         ended(page, "#run")
         for choice in whole(url, TEXT, body)["choices"]:
             assert texts(page, "#answers") == choice["text"]
-            assert page.locator(".token.given").first.text_content() == "n"
+            assert page.locator(".token.given").all_text_contents() == list("né 🌾\nof")
             page.get_by_label("Next answer").press("Enter")
         assert "perplexity of the prompt" in page.locator(".facts").text_content()
+
+
+def test_a_token_keeps_its_text_where_a_stop_text_held_it_back(browser):
+    said = "the cat and the hat and the end"
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator([said] * 9, vocab_size=300, show_progress=False)
+    tokenizer = load_tokenizer({"tokenizer.json": trained.to_str().encode()})
+    engine = ScriptedEngine()
+    engine.tokenizer = tokenizer
+    ids = tokenizer.encode([said])[0].tolist()
+    engine._reply = lambda request: [*ids, *[257] * 99]
+    with serving(engine) as (url, _), visit(browser, url, key=None) as page:
+        page.locator("#tab-completion").click()
+        page.locator("#max_tokens").fill(str(len(ids)))
+        page.locator("#stop").fill("nd you")
+        page.locator("#prompt").fill("the")
+        page.locator("#run").click()
+        ended(page, "#run")
+        pieces = [tokenizer.decode([token]) for token in ids]
+        assert " and" in pieces
+        assert page.locator("#answers .token").all_text_contents() == pieces
 
 
 def test_a_chat_by_keyboard_alone(browser, url):
