@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +167,7 @@ def test_adapters_of_peft_are_served_as_peft_computes_them(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
+    safetensors = pytest.importorskip("safetensors.numpy")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -200,5 +200,9 @@ def test_adapters_of_peft_are_served_as_peft_computes_them(tmp_path):
         np.testing.assert_allclose(scored, expected[name], atol=1e-4)
     with pytest.raises(AdapterFileError, match=r"'whole'.* stores weights whole \(head/kernel\)"):
         Engine.open(tmp_path / "base", settings, adapters={"whole": tmp_path / "whole"})
-    saved = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
-    assert saved["modules_to_save"] == ["lm_head"]
+    file = tmp_path / "whole" / "adapter_model.safetensors"
+    tensors = safetensors.load_file(file)
+    tensors["base_model.model.model.embed_tokens.weight"] = np.zeros((50, 32), np.float32)
+    safetensors.save_file(tensors, file)
+    with pytest.raises(AdapterFileError, match=r"embed_tokens.weight is \[50, 32\], the model's"):
+        Engine.open(tmp_path / "base", settings, adapters={"new tokens": tmp_path / "whole"})
