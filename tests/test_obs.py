@@ -116,16 +116,19 @@ def test_an_order_of_rounding_is_stored_with_groups_that_follow_it():
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "group", "live"),
+    ("tile", "rows", "columns", "group", "live"),
     [
-        (200, 5, None, False),
-        (130, 1, 1, True),
-        (129, 2, 3, False),
-        (160, 3, 40, True),
-        (150, 4, 150, False),
+        (128, 200, 5, None, False),
+        (16, 18, 1, 1, True),
+        (16, 17, 2, 1, False),
+        (16, 21, 3, 7, True),
+        (16, 18, 4, 18, False),
     ],
 )
-def test_the_loop_gives_back_what_is_on_the_grid_and_counts_its_loss(rows, columns, group, live):
+def test_the_loop_gives_back_what_is_on_the_grid_and_counts_its_loss(
+    tile, rows, columns, group, live, monkeypatch
+):
+    monkeypatch.setattr(obs, "TILE", tile)  # tiles of 128 rows take as many programs to compile
     w, h = problem(rows, columns, rows)
     w, h = jnp.float32(w), jnp.float32(h)
     factor, _ = obs.inverse_factor(h, 0.01)
