@@ -1,6 +1,7 @@
 """The laboratory model: a 7.3M-parameter Llama on novels, small enough to come with the project.
 
-    python train.py --config=configs/lab.py --config.data.path=TEXT --config.data.validation_path=TEXT
+    python train.py --config=configs/lab.py --config.data.path=TEXT
+        --config.data.validation_path=HELD_OUT
 
 Llama's block (arXiv 2302.13971) with grouped-query attention: 8 layers, width 256, 4 query heads on
 2 key heads, 4096-entry BPE, tied embeddings. Its weights in bfloat16 are in assets/lab/, and every
