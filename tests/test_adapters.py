@@ -25,8 +25,8 @@ from surgery.adapt import (
     unmerge,
     without_adapters,
 )
-from training import train_language_model
-from weights import LowRank, flatten, grouped, map_with_path, normal_float
+from training import load_config, run_config, train_language_model
+from weights import LowRank, flatten, grouped, map_with_path, matmul, normal_float
 
 CONFIGS = {
     "llama": ModelConfig(
@@ -114,6 +114,14 @@ def test_a_merged_model_computes_what_the_adapted_one_does(kind):
     apart = unmerge(merge(disturbed(attach(params))), adapters(disturbed(attach(params))))
     for path, weight in flatten(without_adapters(apart)).items():
         np.testing.assert_allclose(weight, flatten(params)[path], atol=2e-7, err_msg=path)
+
+
+def test_the_product_of_the_factors_is_never_made():
+    weight = LowRank(jnp.ones((48, 40)), jnp.ones((48, 3)), jnp.ones((3, 40)))
+    program = jax.jit(matmul).lower(jnp.ones((5, 48)), weight).compile().as_text()
+    made = [line for line in program.splitlines() if "f32[48,40]" in line.partition("=")[2][:14]]
+    assert made
+    assert all("parameter(" in line for line in made)
 
 
 def test_experts_and_their_router_are_left_alone_unless_they_are_named():
@@ -240,6 +248,8 @@ def test_the_commands_attach_export_import_merge_and_take_out_again(tmp_path, ca
 
     surgery("lora", "fresh", checkpoint="base")
     assert "adapter parameters" in capsys.readouterr().out
+    recipe = run_config(load_config(f"configs/qlora.py:{tmp_path / 'fresh'}"))
+    assert (recipe.train.trainable, recipe.optimizer.b2) == (".*/(a|b)", 0.999)
     fresh = load(tmp_path / "fresh")
     save(tmp_path / "tuned", config, disturbed(fresh.params))
     surgery("export-adapter", "adapter", checkpoint="tuned")
