@@ -1,8 +1,19 @@
 """Measuring any model: tasks, scores with error bars, and their comparison (seam 7).
 
-A `Task` yields requests and gets responses; it never calls a model.
+    results = evaluate("runs/quickstart", ["needle"], out="out")
+
+A `Task` yields requests and gets responses; it never calls a model. Backends answer: a checkpoint
+in this process, or a server.
 """
 
+from evals.backends import Backend, InProcess, Remote
+from evals.comparing import Compared, compare_folders
+from evals.evaluation import evaluate
+from evals.registry import TASKS, build
+from evals.runner import Options, TaskResult
+from evals.scoring import Scorer
+from evals.stats import Comparison, bootstrap, clustered, compare, mean, proportion, ratio
+from evals.store import Store
 from evals.task import (
     Context,
     Embed,
@@ -23,6 +34,10 @@ from evals.task import (
 from evals.taxonomy import Place
 
 __all__ = [
+    "TASKS",
+    "Backend",
+    "Compared",
+    "Comparison",
     "Context",
     "Embed",
     "Embedded",
@@ -33,10 +48,25 @@ __all__ = [
     "Generated",
     "Hidden",
     "HiddenStates",
+    "InProcess",
     "Loglikelihood",
+    "Options",
     "Place",
+    "Remote",
     "Rolling",
     "RollingScored",
     "Scored",
+    "Scorer",
+    "Store",
     "Task",
+    "TaskResult",
+    "bootstrap",
+    "build",
+    "clustered",
+    "compare",
+    "compare_folders",
+    "evaluate",
+    "mean",
+    "proportion",
+    "ratio",
 ]

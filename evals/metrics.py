@@ -133,12 +133,12 @@ def calibration_error(
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:
     """Kendall's tau-b, which accounts for ties; nan if one side is constant."""
-    return float(stats.kendalltau(a, b).statistic) if _vary(a, b) else math.nan
+    return float(np.asarray(stats.kendalltau(a, b))[0]) if _vary(a, b) else math.nan
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation; nan if one side is constant."""
-    return float(stats.spearmanr(a, b).statistic) if _vary(a, b) else math.nan
+    return float(np.asarray(stats.spearmanr(a, b))[0]) if _vary(a, b) else math.nan
 
 
 def _vary(a: Sequence[float], b: Sequence[float]) -> bool:

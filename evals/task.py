@@ -44,11 +44,13 @@ class Loglikelihood:
 class Rolling:
     """How likely is a whole document, each token after up to a window of those before it?
 
-    window: tokens of context at most, the model's own limit if None.
+    window: tokens of context at most, the model's own limit if None. stride: tokens that a later
+    window predicts; None is `window`, a smaller one gives them more context at more cost.
     """
 
     text: str
     window: int | None = None
+    stride: int | None = None
     to: Role = "subject"
 
 
@@ -189,7 +191,7 @@ ANSWERS: dict[type, type] = {
     Execute: Executed,
 }
 """Request -> its response."""
-Coroutine = Generator[list[Request], list[Any], Row]
+Coroutine = Generator[Sequence[Request], Any, Row]
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,14 @@ class Context:
         if self.chat:
             return Generate(messages=({"role": "user", "content": prompt},), **options)
         return Generate(prompt, **options)
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered; `place` is where it stood among those asked."""
+
+    def __init__(self, place: int, reason: BaseException | str) -> None:
+        super().__init__(str(reason))
+        self.place = place
 
 
 def no_examples() -> Sequence[Example]:

@@ -1,0 +1,170 @@
+"""`python -m evals` measures checkpoints and servers, and compares them.
+
+    python -m evals run --checkpoint=A,B --tasks=perplexity,needle --out=OUT \\
+        --perplexity.path=held_out.jsonl --needle.samples=5
+    python -m evals compare OUT/A OUT/B
+    python -m evals report OUT/A OUT/B
+    python -m evals tasks
+
+`run` may be left out. A model is a run, a checkpoint folder, a Hugging Face folder,
+hub:owner/name, or a server's address, http://…/v1. An evaluation that was stopped goes on when the
+same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+KEY_VARIABLE = "SHEAF_API_KEY"
+COMMANDS = ("run", "compare", "report", "tasks")
+SETTING = re.compile(r"--([\w@-]+\.\w+)=(.*)", flags=re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 2 for wrong input, 130 if interrupted."""
+    from model.checkpoint_folder import CheckpointError
+    from serving.client import ClientError
+
+    known, settings = parse(arguments)
+    try:
+        known.run(known, settings)
+    except KeyboardInterrupt:
+        print("python -m evals: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (CheckpointError, ClientError, ValueError, OSError, ImportError) as error:
+        if os.environ.get("SHEAF_TRACEBACK"):
+            raise
+        print(f"python -m evals: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The known flags, and the tasks' settings, `--TASK.setting=value`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].startswith("--") and given[0] != "--help":
+        given = ["run", *given]
+    matches = [SETTING.fullmatch(each) for each in given]
+    rest = [each for each, match in zip(given, matches, strict=True) if match is None]
+    return _parser().parse_args(rest), {match[1]: match[2] for match in matches if match}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="{run,compare,report,tasks}")
+    run = commands.add_parser("run", help="evaluate models", allow_abbrev=False)
+    run.set_defaults(run=_run)
+    add = run.add_argument
+    add("--checkpoint", "--model", dest="models", required=True, type=_listed, metavar="A,B",
+        help="models, with commas between")  # fmt: skip
+    add("--tasks", required=True, type=_listed, metavar="NAME,NAME",
+        help="names, with commas between; NAME@LABEL for a second of a kind")  # fmt: skip
+    add("--out", required=True, type=Path, help="the folder to write")
+    add("--limit", type=int, help="examples of each task at most")
+    add("--shots", "--fewshot", type=int, help="examples shown before a question")
+    add("--shots-from", choices=("first", "random"), default="first",
+        help="the first of the split, or random ones for each question")  # fmt: skip
+    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    add("--chat", action="store_true", help="ask in messages, by the chat template")
+    add("--dtype", help="of activations (default: float32 on a CPU, else bfloat16)")
+    add("--max-length", type=int, help="most tokens at once (default: the model's)")
+    add("--token-budget", type=int, help="tokens of a batch of scoring")
+    for axis in ("data", "fsdp", "tensor"):
+        add(f"--mesh-{axis}", type=int, help=f"devices of the mesh axis {axis}")
+    compare = commands.add_parser("compare", help="paired differences", allow_abbrev=False)
+    compare.add_argument("folders", nargs=2, help="OUT/MODEL of two models")
+    compare.set_defaults(run=_compare)
+    report = commands.add_parser("report", help="tables of results", allow_abbrev=False)
+    report.add_argument("folders", nargs="+", help="OUT/MODEL of models")
+    report.set_defaults(run=_report)
+    tasks = commands.add_parser("tasks", help="the tasks and their settings", allow_abbrev=False)
+    tasks.set_defaults(run=_tasks)
+    return parser
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _run(known: argparse.Namespace, settings: dict[str, str]) -> None:
+    from evals.comparing import summary
+    from evals.evaluation import evaluate
+    from evals.runner import Options
+
+    options = Options(known.seed, known.limit, known.shots, known.shots_from, known.chat)
+    names = ("dtype", "max_length", "token_budget")
+    given: dict[str, Any] = {name: getattr(known, name) for name in names}
+    found = evaluate(
+        known.models,
+        known.tasks,
+        out=known.out,
+        settings=settings,
+        options=options,
+        layout=_layout(known),
+        api_key=os.environ.get(KEY_VARIABLE),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    print(summary(found))
+    if len(found) > 1:
+        _compare_all([known.out / name for name in found])
+
+
+def _layout(known: argparse.Namespace):
+    sizes = {axis: getattr(known, f"mesh_{axis}") for axis in ("data", "fsdp", "tensor")}
+    asked = {axis: size for axis, size in sizes.items() if size is not None}
+    if not asked:
+        return None
+    from sharding import MeshConfig, make_layout, make_mesh
+
+    return make_layout(make_mesh(MeshConfig(**{"data": 1, **asked})))
+
+
+def _compare_all(folders: list[Path]) -> None:
+    from evals.comparing import compare_folders, table
+
+    for other in folders[1:]:
+        print(f"\n{other.name} against {folders[0].name}:\n")
+        print(table(compare_folders(folders[0], other)))
+
+
+def _compare(known: argparse.Namespace, settings: dict[str, str]) -> None:
+    _no_settings(settings)
+    _compare_all([Path(folder) for folder in known.folders])
+
+
+def _report(known: argparse.Namespace, settings: dict[str, str]) -> None:
+    from evals.comparing import summary
+    from evals.results import read
+
+    _no_settings(settings)
+    print(summary({str(folder): read(folder) for folder in known.folders}))
+
+
+def _tasks(known: argparse.Namespace, settings: dict[str, str]) -> None:
+    from evals.registry import TASKS, options
+
+    _no_settings(settings)
+    for name, builder in TASKS.items():
+        title = " ".join((builder.__doc__ or "").partition("\n\n")[0].split())
+        shown = ", ".join(options(name))
+        print(f"{name}\n    {title}\n    settings: {shown}")
+
+
+def _no_settings(settings: dict[str, str]) -> None:
+    if settings:
+        raise ValueError(f"--{next(iter(settings))} is a task's setting; only `run` takes those")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Log-probabilities of texts: those of float64 and transformers, whatever is computed beside."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from data import ByteTokenizer, FileTokenizer
+from evals.scoring import Scorer
+from evals.spans import Span, pair_spans, rolling_spans
+from model import ModelConfig, Runtime, init, rules
+from serving.memory import Model
+from sharding import MeshConfig, make_layout, make_mesh, partition
+from weights import flatten
+
+TOKENIZER = ByteTokenizer()
+LONGEST = 100
+CONFIG = ModelConfig(
+    vocab_size=264, d_model=32, num_layers=2, num_heads=4, kv_heads=2, d_ff=48, max_length=LONGEST
+)
+QUESTION = "The capital of the country is one of four towns. Which one? "
+
+
+@functools.cache
+def params_of(dtype="float32"):
+    drawn = init(CONFIG, jax.random.key(0))
+    return jax.tree.map(
+        lambda x: (x + 0.05 * np.sin(np.arange(x.size)).reshape(x.shape)).astype(dtype), drawn
+    )
+
+
+def scorer(budget=2048, dtype="float32", layout=None):
+    params = params_of(dtype)
+    if layout is not None:
+        params = jax.device_put(params, partition(params, rules(CONFIG), layout))
+    return Scorer(Model(params, CONFIG, Runtime(dtype, layout=layout)), LONGEST, budget)
+
+
+def scored(found, spans):
+    """Log-probabilities in order of the spans."""
+    got = dict(pair for batch in found.score(spans) for pair in batch)
+    assert sorted(got) == list(range(len(spans)))
+    return [got[place] for place in range(len(spans))]
+
+
+def logprobs(found, spans):
+    return np.asarray([each.logprob for each in scored(found, spans)])
+
+
+def random_spans(count=40):
+    """Of all lengths, with one to many counted tokens."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(2, LONGEST + 2, count)
+    sizes[:3] = (2, LONGEST + 1, LONGEST + 1)
+    counts = [int(rng.choice([1, 40, size - 1])) for size in sizes]
+    counts[2] = LONGEST
+    return [
+        Span(rng.integers(258, size=size).astype(np.int32), min(n, size - 1))
+        for size, n in zip(sizes, counts, strict=True)
+    ]
+
+
+@functools.cache
+def expected():
+    return scored(scorer(), random_spans())
+
+
+def wanted():
+    return np.asarray([each.logprob for each in expected()])
+
+
+def test_values_are_those_of_a_float64_forward_pass():
+    numpy_decoder = pytest.importorskip("numpy_decoder")
+    wide = {p: np.asarray(w, np.float64) for p, w in flatten(params_of()).items()}
+
+    def layer(index):
+        def get(name):
+            return next(w[index] for p, w in wide.items() if p.endswith(name))
+
+        q, k, v, out = (get(f"attention/{n}/kernel").T for n in ("query", "key", "value", "output"))
+        gate, up, down = (get(f"feed_forward/{n}/kernel").T for n in ("gate", "up", "down"))
+        norms = get("attention_norm/scale"), get("feed_forward_norm/scale")
+        return numpy_decoder.Layer(norms[0], q, k, v, out, norms[1], gate, up, down)
+
+    decoder = numpy_decoder.Decoder(
+        wide["embed/table"], [layer(0), layer(1)], wide["final_norm/scale"],
+        wide["head/kernel"].T, 8, CONFIG.norm_eps, rotate=numpy_decoder.rotate_half,
+    )  # fmt: skip
+    for span, ours in list(zip(random_spans(), expected(), strict=True))[:12]:
+        rows = decoder(span.tokens[:-1])[-span.count :]
+        peak = rows.max(1)
+        log_z = peak + np.log(np.exp(rows - peak[:, None]).sum(1))
+        targets = span.tokens[-span.count :]
+        theirs = (rows[np.arange(span.count), targets] - log_z).sum()
+        assert ours.logprob == pytest.approx(theirs, abs=1e-4 * max(1, span.count**0.5))
+        assert ours.greedy == bool((rows.argmax(1) == targets).all())
+
+
+@pytest.mark.parametrize("budget", [1, 7 * 64])
+def test_batch_size_and_order_change_nothing(budget):
+    spans, order = random_spans(), np.random.default_rng(1).permutation(40)
+    found = logprobs(scorer(budget), [spans[i] for i in order])
+    assert np.abs(found - wanted()[order]).max() <= 2e-4
+
+
+def test_bfloat16_depends_on_the_batch_by_rounding_only():
+    spans = [Span(span.tokens[-20:], 1) for span in random_spans(16)]
+    one, many = (logprobs(scorer(budget, "bfloat16"), spans) for budget in (1, 2048))
+    assert np.abs(one - many).max() <= 3e-2
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_mesh_gives_what_one_device_gives(sizes):
+    found = scorer(layout=make_layout(make_mesh(MeshConfig(**sizes))))
+    assert np.abs(logprobs(found, random_spans()) - wanted()).max() <= 2e-4
+
+
+def test_few_programs_are_compiled():
+    found = scorer()
+    scored(found, random_spans())
+    lengths = {shape[1] for shape in found.work.programs}
+    assert lengths == {64, LONGEST}
+    assert len(found.work.programs) <= 2 * 3
+
+
+def test_the_chain_rule_holds():
+    text = {"c": "Once upon a time", "a": " there was", "b": " a king."}
+    pairs = [
+        (text["c"], text["a"] + text["b"]),
+        (text["c"], text["a"]),
+        (text["c"] + text["a"], text["b"]),
+        ("", text["c"]),
+    ]
+    both, first, second, start = logprobs(scorer(), pair_spans(TOKENIZER, pairs, LONGEST))
+    assert both == pytest.approx(first + second, abs=1e-4)
+    assert start < 0
+
+
+def test_the_whole_vocabulary_has_probability_one_in_one_row():
+    found, context = scorer(), np.arange(9, dtype=np.int32)
+    spans = [Span(np.append(context, token).astype(np.int32), 1) for token in range(264)]
+    scores = scored(found, spans)
+    assert math.fsum(math.exp(each.logprob) for each in scores) == pytest.approx(1, abs=1e-5)
+    assert sum(each.greedy for each in scores) == 1
+    assert (found.work.rows, found.work.tokens) == (1, 9)
+
+
+def test_options_of_one_token_share_their_question():
+    pairs = [(QUESTION, f" {letter}") for letter in "ABCD"]
+    spans = pair_spans(TOKENIZER, pairs, LONGEST)
+    together, alone = scorer(), scorer()
+    shared = logprobs(together, spans)
+    apart = [logprobs(alone, [span])[0] for span in spans]
+    assert np.abs(shared - apart).max() <= 1e-5
+    assert np.argmax(shared) == np.argmax(apart)
+    assert alone.work.tokens >= 3 * together.work.tokens
+
+
+def test_windows_predict_each_token_once():
+    tokens = np.arange(100, 110)
+    spans = rolling_spans(1, tokens, window=4)
+    assert [span.count for span in spans] == [4, 4, 2]
+    assert [span.tokens.tolist() for span in spans] == [
+        [1, 100, 101, 102, 103],
+        [103, 104, 105, 106, 107],
+        [105, 106, 107, 108, 109],
+    ]
+    for stride in (1, 2, 3):
+        spans = rolling_spans(1, tokens, 4, stride)
+        counted = np.concatenate([span.tokens[-span.count :] for span in spans])
+        assert counted.tolist() == tokens.tolist()
+        assert all(len(span.tokens) == 5 for span in spans)
+    document = TOKENIZER.encode(["a whole document that fits"])[0]
+    [span] = rolling_spans(256, document, LONGEST)
+    [pair] = pair_spans(TOKENIZER, [("", "a whole document that fits")], LONGEST)
+    assert (span.tokens.tolist(), span.count) == (pair.tokens.tolist(), pair.count)
+    with pytest.raises(ValueError, match="stride"):
+        rolling_spans(1, tokens, 4, 5)
+
+
+def test_a_continuation_is_what_the_whole_text_adds():
+    words = ["the cat sat on the mat", "there the other cats sat"] * 20
+    tokenizer = FileTokenizer.train(iter(words), 300)
+    for context, continuation, count in [
+        ("the cat ", "sat", 1),
+        ("the cat", " sat", 1),
+        ("the cat", " sat on", 2),
+        ("the c", "at sat", 2),  # The context ends in the middle of a token.
+    ]:
+        [span] = pair_spans(tokenizer, [(context, continuation)], 50)
+        whole = tokenizer.encode([context + continuation])[0]
+        assert (span.tokens[-len(whole) :].tolist(), span.count) == (whole.tolist(), count)
+
+
+def test_long_contexts_lose_their_beginning_and_say_so():
+    [span] = pair_spans(TOKENIZER, [("x" * 30, "yz")], 10)
+    assert (len(span.tokens), span.count, span.cut) == (11, 2, 21)
+    with pytest.raises(ValueError, match="11 tokens, more than the 10"):
+        pair_spans(TOKENIZER, [("x", "y" * 11)], 10)
+    with pytest.raises(ValueError, match="no token"):
+        pair_spans(TOKENIZER, [("x", "")], 10)
+
+
+@pytest.mark.interop
+def test_an_imported_model_scores_as_in_transformers(tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    family_checks = pytest.importorskip("family_checks")
+    from model.families import import_checkpoint
+
+    config = transformers.LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    theirs = family_checks.random_model(config)
+    theirs.save_pretrained(tmp_path)
+    found = import_checkpoint(tmp_path)
+    ours = Scorer(Model(found.params, found.config, Runtime()), 128)
+    pairs = [(QUESTION, " The one in the north."), ("", "A text."), (QUESTION[:9], "x")]
+    spans = pair_spans(TOKENIZER, pairs, 128)
+    for span, got in zip(spans, logprobs(ours, spans), strict=True):
+        rows = family_checks.their_logits(theirs, span.tokens[None, :-1])[0][-span.count :]
+        rows = rows.astype(np.float64)
+        log_z = np.log(np.exp(rows).sum(1))
+        wanted = (rows[np.arange(span.count), span.tokens[-span.count :]] - log_z).sum()
+        assert got == pytest.approx(wanted, abs=1e-3)
