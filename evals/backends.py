@@ -112,7 +112,7 @@ class InProcess:
             max_model_len=settings.max_model_len or length,
         )
         self._made = 0
-        self.identity = self._identity(store)
+        self.identity: Mapping[str, Any] = self._identity(store)
 
     def _identity(self, store: Store | None) -> dict[str, Any]:
         template = template_of(self.checkpoint.files)
@@ -235,7 +235,7 @@ class Remote:
 
     def __init__(self, client: Client, revision: str = "", parallel: int = 64) -> None:
         self.client, self.name, self._parallel = client, client.model_name, parallel
-        self.identity = {"server": client.model_name, "revision": revision}
+        self.identity: Mapping[str, Any] = {"server": client.model_name, "revision": revision}
         self._made = 0
 
     def answer(self, requests: Sequence[Request], known: Collection[int]) -> Answers:

@@ -46,7 +46,7 @@ def compare_folders(first: str | Path, second: str | Path) -> list[Compared]:
         gaps = values[1] - values[0]
         order = np.argsort(-np.abs(gaps), kind="stable")
         flipped = tuple(str(rows[0][i]["id"]) for i in order if gaps[i] != 0)
-        found.append((name, metric, compare(*values), flipped))
+        found.append((name, metric, compare(values[0], values[1]), flipped))
     adjusted = holm([each[2].p for each in found])
     return [
         Compared(name, metric, comparison, p, flipped)
