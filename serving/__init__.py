@@ -18,6 +18,7 @@ from serving.sampling_params import Limits, SamplingParams, banned_sequences, re
 from serving.scheduler import QueueFullError, Scheduler, SchedulerConfig
 from serving.settings import EngineSettings
 from serving.stats import EngineStats, Histogram
+from serving.structured import StructuredOutputs
 from serving.text_out import Piece, TextOut
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "SchedulerConfig",
     "State",
     "StepPlan",
+    "StructuredOutputs",
     "TextOut",
     "TokenLogprob",
     "banned_sequences",

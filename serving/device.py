@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.target import current_target
@@ -28,10 +29,11 @@ from serving.sampling_params import SamplingParams
 from serving.sampling_settings import Settings, settings_of
 from serving.settings import EngineSettings, Resolved
 from serving.shapes import Shapes
-from serving.step import Step, admit, run_step
+from serving.step import Step, admit, mask_shape, run_step
 from sharding import Layout
 from weights import map_with_path, prepare
 
+ALL = 0xFFFFFFFF
 Shape = tuple[int, int, int, bool, Variant]
 Progress = Callable[[int, int, Shape, float], None]
 """`(programs ready, programs in all, shape of the last, its seconds)`."""
@@ -73,6 +75,7 @@ class Device:
         )
         self._tenants: dict[int, tuple[Request, int]] = {}
         self._ready: set[Shape] = set()
+        self._unmasked: dict[tuple[int, int], jax.Array] = {}
         self.compilations = {"warmup": 0, "serving": 0}
 
     def warm_up(self, progress: Progress | None = None) -> None:
@@ -86,15 +89,22 @@ class Device:
             if progress is not None:
                 progress(index, len(programs), _shape(step, variant), time.monotonic() - began)
 
-    def send(self, plan: StepPlan, row_of: Callable[[Request], Settings]) -> Sent:
+    def send(
+        self,
+        plan: StepPlan,
+        row_of: Callable[[Request], Settings],
+        masks: np.ndarray | None = None,
+    ) -> Sent:
         """Start a step; requests that are new in their slot are admitted first, with settings of
         `row_of`.
+
+        masks: `uint32[sequences, words]` of the ids that each may sample; None if any.
         """
         began = time.monotonic()
         for sequence in plan.sequences:
             self._admit(sequence, row_of)
         step, variant = self._shapes.pack(plan.sequences)
-        sampled = self._run(step, variant, "serving")
+        sampled = self._run(step, variant, "serving", masks)
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()
         return Sent(plan, sampled, began)
@@ -103,7 +113,8 @@ class Device:
         """What a step sampled, one for each of `plan.sampling`, once it is done."""
         rows = [row for row, sequence in enumerate(sent.plan.sequences) if sequence.samples]
         sampled: Sampled = jax.device_get(sent.sampled)
-        if sampled.logprobs is None:
+        params = [each.request.params for each in sent.plan.sampling]
+        if sampled.logprobs is None or all(each.logprobs is None for each in params):
             return sampled.tokens[rows].tolist(), None
         found = [logprob_of(sampled, row) for row in rows]
         return [each.token for each in found], found
@@ -120,7 +131,9 @@ class Device:
             known = request.tokens(0, request.num_known)
             self._state = admit(self._state, sequence.slot, known, row_of(request))
 
-    def _run(self, step: Step, variant: Variant, phase: str) -> Sampled:
+    def _run(
+        self, step: Step, variant: Variant, phase: str, masks: np.ndarray | None = None
+    ) -> Sampled:
         shape = _shape(step, variant)
         if shape not in self._ready:
             self._ready.add(shape)
@@ -130,11 +143,23 @@ class Device:
             model.params,
             self._state,
             step,
+            self._mask(step, masks) if variant == self._shapes.full else None,
             config=model.config,
             runtime=model.runtime,
             variant=variant,
         )
         return sampled
+
+    def _mask(self, step: Step, masks: np.ndarray | None) -> Any:
+        """A mask for each row of a step; where none is given, one that lies on the device."""
+        shape = mask_shape(step, self._vocab)
+        if masks is None:
+            if shape not in self._unmasked:
+                self._unmasked[shape] = jnp.full(shape, ALL, jnp.uint32)
+            return self._unmasked[shape]
+        rows = np.full(shape, ALL, np.uint32)
+        rows[: len(masks)] = masks
+        return rows
 
 
 def prepared(params: Mapping[str, Any], layout: Layout | None = None) -> Mapping[str, Any]:

@@ -31,16 +31,18 @@ from serving import loading, whole
 from serving.adapters import Adapters, with_adapters
 from serving.checks import ParameterError
 from serving.device import Device, choice_row
+from serving.grammar import Grammars
 from serving.loop import EngineLoop
 from serving.outputs import Answer, EngineStoppedError, Result, TokenLogprob
 from serving.pages import PagePool
-from serving.request import Request
+from serving.request import Request, State
 from serving.sampling_params import Limits, SamplingParams, banned_sequences, resolve, truncate
 from serving.sampling_settings import Settings, settings_of
 from serving.scheduler import QueueFullError, Scheduler
 from serving.settings import EngineSettings, resolve_settings
 from serving.shapes import choose_shapes
 from serving.stats import EngineStats, Times, histograms
+from serving.structured import StructuredOutputs
 from serving.text_out import TextOut
 from serving.tracking import Track
 from sharding import Layout
@@ -92,7 +94,8 @@ class Engine:
         pool = PagePool(self._device.num_pages, resolved.page_size)
         scheduler = Scheduler(resolved.scheduler, pool)
         counts = histograms(resolved.max_model_len)
-        self._loop = EngineLoop(settings, scheduler, self._device, counts)
+        self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
+        self._loop = EngineLoop(settings, scheduler, self._device, counts, self._grammars)
         self._started = False
 
     @classmethod
@@ -147,12 +150,13 @@ class Engine:
         while self._loop.num_live and time.monotonic() < deadline and self.healthy:
             await asyncio.sleep(DRAIN_LOOK_S)
         drained = not self._loop.num_live
-        await asyncio.to_thread(self._loop.stop)
+        await asyncio.to_thread(self.close)
         return drained
 
     def close(self) -> None:
         """`stop` at once, from code without an event loop."""
         self._loop.stop()
+        self._grammars.close()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -199,7 +203,8 @@ class Engine:
             adapter: the name of one; None is the base. Cached pages are its own.
 
         Raises:
-            ParameterError: this model or engine does not allow it; names the field.
+            ParameterError: this model or engine does not allow it; names the field. A grammar that
+                cannot be used ends the answer with it.
             QueueFullError: as many wait as may.
             EngineStoppedError: the engine takes no more.
             ValueError: the id is here already.
@@ -208,11 +213,14 @@ class Engine:
         now = time.monotonic()
         adapter_id = self._adapter_id(adapter)
         prompt, params = self._resolved(tokens, params, priority)
-        row = self._row(params, len(prompt))
+        wanted = StructuredOutputs.of(params.structured_outputs)
+        if wanted is not None:
+            self._grammars.check(wanted)
         request_id = request_id or uuid.uuid4().hex
         answer = Answer(request_id, params, self._loop.abort, loop)
         if params.candidates > params.n and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)  # What candidates are ranked by.
+        row = self._row(params, len(prompt))
         tracks = []
         for choice in range(params.candidates):
             request = Request(
@@ -226,10 +234,13 @@ class Engine:
                 adapter_id=adapter_id,
                 cache_key=cache_key,
                 choice=choice,
+                state=State.WAITING if wanted is None else State.WAITING_GRAMMAR,
             )
             text = None if self.tokenizer is None else TextOut(self.tokenizer, params, prompt)
             tracks.append(Track(request, answer, choice_row(row, choice), text, Times(now)))
         self._loop.submit(tracks)
+        if wanted is not None:
+            self._loop.guide(tracks, self._grammars.compile(wanted))
         return answer
 
     def generate(

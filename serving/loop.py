@@ -17,15 +17,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+import numpy as np
+
 from serving.device import Device, Sent
+from serving.grammar import Compiling, Grammars
 from serving.outputs import Answer, EngineStoppedError, Output, deliver_all
+from serving.plan import StepPlan
 from serving.request import Request, State
+from serving.sampling import NOTHING
 from serving.sampling_settings import Settings
 from serving.scheduler import QueueFullError, Scheduler
 from serving.settings import EngineSettings
 from serving.stats import EngineStats, Histogram, Pulse
 from serving.tracking import Track
 
+Delivery = tuple[Answer, Output | BaseException]
 LOOK_EVERY_S, IDLE_S = 0.05, 1.0
 """How often time limits are looked at, and how often an idle thread shows that it lives."""
 
@@ -44,13 +50,15 @@ class EngineLoop:
         scheduler: Scheduler,
         device: Device,
         histograms: dict[str, Histogram],
+        grammars: Grammars,
     ) -> None:
         self._settings, self._scheduler, self._device = settings, scheduler, device
+        self._grammars = grammars
         self._histograms = histograms
         self._finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
         self._tracks: dict[str, Track] = {}
         self._sent: deque[Sent] = deque()
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Answer, Output]]] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
         self._wake = threading.Condition()
         self._arrived: list[Track] = []
         self._posted: list[Callable[[], None]] = []
@@ -94,6 +102,12 @@ class EngineLoop:
     def abort(self, answer: Answer) -> None:
         """End a request whose reader goes away; nothing if it has ended."""
         self.post(lambda: self._abort(lambda track: track.answer is answer))
+
+    def guide(self, tracks: Sequence[Track], compiling: Compiling) -> None:
+        """Let sequences that were submitted run once their grammar is compiled."""
+        for track in tracks:
+            track.compiling = compiling
+        compiling.done.add_done_callback(lambda _: self.post(lambda: self._guide(tracks)))
 
     def post(self, function: Callable[[], None]) -> bool:
         """Have the thread call a function between two steps; false if it has ended."""
@@ -193,12 +207,17 @@ class EngineLoop:
         self._end_overdue(self._last_turn)
         if line := self._pulse.line(self._last_turn, self.stats):
             logger.info("%s", line)
+        running = self._scheduler.running
+        if any(request.num_unread and request.params.structured_outputs for request in running):
+            # What may follow a token is known once that is read.
+            while self._sent:
+                self._read(self._sent.popleft())
         plan = self._scheduler.schedule()
         if plan.sequences:
             for sequence in plan.sequences:
                 if sequence.stop <= len(sequence.request.prompt):
                     self._track(sequence.request).times.note_start(self._last_turn)
-            self._sent.append(self._device.send(plan, self._row))
+            self._sent.append(self._device.send(plan, self._row, self._masks(plan)))
         ahead = 1 if self._settings.async_scheduling else 0
         if self._sent and (len(self._sent) > ahead or not plan.sequences):
             self._read(self._sent.popleft())
@@ -228,6 +247,50 @@ class EngineLoop:
     def _row(self, request: Request) -> Settings:
         return self._track(request).row
 
+    def _masks(self, plan: StepPlan) -> np.ndarray | None:
+        """What the sequences of a step may sample; None if anything."""
+        if not any(each.request.params.structured_outputs for each in plan.sampling):
+            return None
+        matchers = [
+            self._track(each.request).matcher if each.samples else None for each in plan.sequences
+        ]
+        return self._grammars.masks(matchers)
+
+    def _guide(self, tracks: Sequence[Track]) -> None:
+        for track in tracks:
+            if track.request.state is not State.WAITING_GRAMMAR or track.compiling is None:
+                continue
+            try:
+                track.matcher = track.compiling.matcher(track.grammar_param)
+                track.request.state = State.WAITING
+            except Exception as error:
+                self._refuse(track, error)
+
+    def _refuse(self, track: Track, error: Exception) -> None:
+        """End a sequence with an error that its reader gets."""
+        self._scheduler.finish(track.request, State.FINISHED_ERROR)
+        self._outbox.setdefault(track.answer.loop, []).append((track.answer, error))
+        self._leave(track, State.FINISHED_ERROR)
+
+    def _end_without_token(self, track: Track) -> None:
+        """End a sequence for which every id was forbidden: complete, or in a dead end."""
+        matcher, id = track.matcher, track.answer.request_id
+        if matcher is not None and track.compiling is not None and matcher.failure:
+            error = track.compiling.refusal(track.grammar_param, matcher.failure)
+            logger.error("request %s: %s", id, error)
+            self._refuse(track, error)
+            return
+        if matcher is None or not matcher.complete:
+            logger.error("request %s is in a dead end: no token may follow, so it stops", id)
+        self._end(track, State.FINISHED_STOP)
+
+    def _follow(self, track: Track) -> None:
+        """Go on in the grammar by the newest token; the answer ends where nothing may follow."""
+        if track.matcher is not None and track.request.state is not State.FINISHED_STOP:
+            track.matcher.accept(track.request.output[-1])
+            if track.matcher.ended:
+                self._scheduler.finish(track.request, State.FINISHED_STOP)
+
     def _read(self, sent: Sent) -> None:
         tokens, logprobs = self._device.read(sent)
         now = time.monotonic()
@@ -235,10 +298,15 @@ class EngineLoop:
         self._histograms["iteration_tokens_total"].observe(sent.plan.num_tokens)
         sampling = [sequence.request for sequence in sent.plan.sampling]
         of_request = dict(zip(sampling, logprobs or [None] * len(sampling), strict=True))
+        if NOTHING in tokens:
+            for request, token in zip(sampling, tokens, strict=True):
+                if token == NOTHING and not request.state.finished:
+                    self._end_without_token(self._track(request))
         for request in self._scheduler.update(sent.plan, tokens):
             track = self._tracks[request.id]
             if request in of_request:
                 track.times.note_token(now, self._histograms)
+                self._follow(track)
             piece = track.take(of_request.get(request))
             if piece.stop is not None:
                 self._scheduler.finish(request, State.FINISHED_STOP, piece.stop)
@@ -255,6 +323,8 @@ class EngineLoop:
             if whole is not None and age > whole:
                 state = State.FINISHED_LENGTH if request.output else State.FINISHED_ERROR
                 self._end(track, state, "timeout")
+            elif track.compiling is not None and track.compiling.late(now):
+                self._refuse(track, track.compiling.refusal(track.grammar_param))
             elif queue is not None and age > queue and track.times.started is None:
                 self._end(track, State.FINISHED_ERROR, "queue_timeout")
 
@@ -276,9 +346,12 @@ class EngineLoop:
         output = track.output(text)
         self._outbox.setdefault(track.answer.loop, []).append((track.answer, output))
         if output.finish_reason is not None:
-            del self._tracks[track.request.id]
-            self._finished[output.finish_reason] += 1
-            track.note_end(time.monotonic(), self._histograms)
+            self._leave(track, output.finish_reason)
+
+    def _leave(self, track: Track, reason: str) -> None:
+        del self._tracks[track.request.id]
+        self._finished[reason] += 1
+        track.note_end(time.monotonic(), self._histograms)
 
     def _hand_out(self) -> None:
         outbox, self._outbox = self._outbox, {}

@@ -16,7 +16,7 @@ from model.decoder import segments_of
 from serving.sampling_settings import Room
 from serving.settings import EngineSettings, Resolved
 from serving.shapes import Shapes
-from serving.step import State, init_state, run_step
+from serving.step import State, init_state, mask_shape, run_step
 
 GIB = 1 << 30
 
@@ -90,8 +90,9 @@ def beside_pages(model: Model, resolved: Resolved, shapes: Shapes, room: Room) -
         lambda params: make_state(params, model, resolved, 1, room), model.params
     )
     step, variant = shapes.largest()
+    mask = jax.ShapeDtypeStruct(mask_shape(step, model.config.vocab_size), "uint32")
     options = {"config": model.config, "runtime": model.runtime, "variant": variant}
-    compiled = run_step.lower(model.params, state, step, **options).compile()
+    compiled = run_step.lower(model.params, state, step, mask, **options).compile()
     memory: Any = compiled.memory_analysis()
     leaves = jax.tree.leaves((state.tokens, state.seen, state.settings))
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

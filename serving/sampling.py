@@ -12,6 +12,7 @@ over the logits. What no row asks for is skipped as the program runs, so setting
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from model.sampling import most_likely
 from serving.sampling_settings import ANY, Settings
 
 Array = jax.Array
+NOTHING = -1
+"""Stands for a token that no id may be."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Rows:
 class Sampled:
     """What was drawn; all but `tokens` is None without log-probabilities.
 
-    tokens: int32[rows].
+    tokens: int32[rows]; `NOTHING` where every id is forbidden.
     logprobs: float32[rows], log-probability of each token.
     ranks: int32[rows], 1 for the likeliest.
     top_tokens, top_logprobs: int32 and float32[rows, n], the likeliest in falling order.
@@ -81,7 +84,7 @@ def sample(logits: Array, rows: Rows, variant: Variant, grammar: Array | None = 
     """One token for each row of logits `[rows, vocab]`.
 
     grammar: `uint32[rows, ceil(vocab / 32)]`, bit i of word w allows id `32 w + i`; None allows
-    all.
+    all. Log-probabilities are zeros if no row's settings ask for them.
     """
     z = logits.astype(jnp.float32)
     if variant.vocab_size is not None and variant.vocab_size < z.shape[1]:
@@ -91,11 +94,14 @@ def sample(logits: Array, rows: Rows, variant: Variant, grammar: Array | None = 
         z = jnp.where(_bits(grammar, z.shape[1]), z, -jnp.inf)
     z = jax.lax.cond(jnp.any(rows.settings.adjusts), adjust, lambda z, _: z, z, rows)
     tokens = most_likely(z)
+    forbidden = jnp.take_along_axis(z, tokens[:, None], axis=1)[:, 0] == -jnp.inf
     if variant.draws:
         tokens, z = _draw(z, tokens, rows)
+    tokens = jnp.where(forbidden, NOTHING, tokens)
     if variant.logprobs is None:
         return Sampled(tokens)
-    return with_logprobs(tokens, z if variant.processed else raw, variant.logprobs)
+    scored = z if variant.processed else raw
+    return _if_asked(tokens, scored, variant.logprobs, jnp.any(rows.settings.logprobs))
 
 
 def with_logprobs(tokens: Array, z: Array, count: int) -> Sampled:
@@ -107,6 +113,17 @@ def with_logprobs(tokens: Array, z: Array, count: int) -> Sampled:
     ranks = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
     top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(count, z.shape[1]))
     return Sampled(tokens, chosen[:, 0], ranks, top_tokens, top_logprobs)
+
+
+def _if_asked(tokens: Array, z: Array, count: int, asked: Array) -> Sampled:
+    def scores() -> Sampled:
+        return with_logprobs(tokens, z, count)
+
+    def zeros() -> Sampled:
+        shapes = jax.eval_shape(scores)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    return dataclasses.replace(jax.lax.cond(asked, scores, zeros), tokens=tokens)
 
 
 def adjust(z: Array, rows: Rows) -> Array:

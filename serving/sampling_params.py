@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from serving.checks import ParameterError, integer, number, refuse, strings, token_ids
+from serving.structured import StructuredOutputs
 
 if TYPE_CHECKING:
     from data.tokenizers import Tokenizer
@@ -50,6 +51,7 @@ class SamplingParams:
     stop: texts that end the answer. include_stop_str_in_output: keep that text.
     stop_token_ids: ids that end the answer. ignore_eos: end-of-text tokens do not.
     logprobs: return the chosen token's log-probability and those of this many likeliest; None none.
+    structured_outputs: the form that the answer must have, or an object with the fields of one.
     echo: return the prompt before the answer.
     suffix: text that follows the answer, for models that fill in the middle.
     truncate_prompt_tokens: keep so many tokens of the prompt; -1 is as many as fit.
@@ -83,6 +85,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     echo: bool = False
     suffix: str | None = None
     truncate_prompt_tokens: int | None = None
@@ -131,6 +134,7 @@ class SamplingParams:
                 refuse("allowed_token_ids", allowed, "at least one id, or null for all")
         self._set("allowed_token_ids", allowed)
         self._set("bad_words", strings("bad_words", self.bad_words))
+        self._set("structured_outputs", StructuredOutputs.of(self.structured_outputs))
 
     def _check_end(self) -> None:
         if self.max_tokens is not None:

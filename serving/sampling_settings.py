@@ -49,6 +49,7 @@ class Settings:
     words: int32[…, words, word_tokens]; the last token of each is the forbidden one.
     adjusts: whether anything but the temperature changes its logits before they are restricted.
     restricts: whether min-p, top-k or top-p does.
+    logprobs: whether log-probabilities are asked for.
     """
 
     temperature: Any
@@ -69,6 +70,7 @@ class Settings:
     words: Any
     adjusts: Any
     restricts: Any
+    logprobs: Any
 
 
 DEFAULT_ROOM = Room()
@@ -125,6 +127,7 @@ def settings_of(
         words=_filled("bad_words", words, room.words, np.int32, (room.word_tokens,)),
         adjusts=np.bool_(adjusts or params.min_tokens > 0),
         restricts=np.bool_(params.min_p > 0.0 or params.top_k > 0 or params.top_p < 1.0),
+        logprobs=np.bool_(params.logprobs is not None),
     )
 
 

@@ -22,7 +22,8 @@ SMALLEST_CHUNK, SMALLEST_WIDTH, STEP_UP = 32, 16, 4
 class Shapes:
     """Buckets of steps that only decode, and of all others; and variants of the sampler.
 
-    greedy: no draws. draws: any temperature. logprobs: also with log-probabilities.
+    greedy: no draws. draws: any temperature. full: also log-probabilities, and grammars' masks; one
+    program has both, so that neither adds to the other's.
     """
 
     decode: Buckets
@@ -30,7 +31,7 @@ class Shapes:
     page_size: int
     greedy: Variant
     draws: Variant
-    logprobs: Variant
+    full: Variant
 
     def pack(self, sequences: Sequence[ScheduledSequence]) -> tuple[Step, Variant]:
         """A step's arrays and its sampler, in the smallest shape that holds it."""
@@ -41,8 +42,8 @@ class Shapes:
 
     def _variant(self, sequences: Sequence[ScheduledSequence], decodes: bool) -> Variant:
         asked = [sequence.request.params for sequence in sequences if sequence.samples]
-        if any(params.logprobs is not None for params in asked):
-            return self.logprobs
+        if any(params.logprobs is not None or params.structured_outputs for params in asked):
+            return self.full
         # A prompt's step is long beside its sampler, and each variant is a program.
         hot = any(params.temperature > 0.0 for params in asked)
         return self.draws if hot or not decodes else self.greedy
@@ -50,10 +51,10 @@ class Shapes:
     def all(self) -> Iterator[tuple[Step, Variant]]:
         """Every program, as a step in which nothing is computed; the smallest first."""
         for size in self.decode.sequences:
-            yield from self._widths((size, size), False, (self.greedy, self.draws, self.logprobs))
+            yield from self._widths((size, size), False, (self.greedy, self.draws, self.full))
         for tokens in self.mixed.tokens:
             sizes = (tokens, self.mixed.sequences[-1])
-            yield from self._widths(sizes, True, (self.draws, self.logprobs))
+            yield from self._widths(sizes, True, (self.draws, self.full))
 
     def largest(self) -> tuple[Step, Variant]:
         """The program that needs most memory."""

@@ -199,8 +199,8 @@ def run_step(
     """The state after a step, and a row for each of its sequences; rows of those that do not sample
     mean nothing.
 
-    grammar: `uint32[sequences, ceil(vocab / 32)]`, a bit for each id that may come next; None
-    allows all. The state given is gone (donated).
+    grammar: `uint32` of `mask_shape`, a bit for each id that may come next; None allows all. The
+    state given is gone (donated).
     """
     size = jax.tree.leaves(state.cache.segments)[0].shape[2]
     plan = paged_step(
@@ -226,6 +226,11 @@ def run_step(
     sampled = sample(scores, _rows(state, step.slots, plan.kv_lens), variant, grammar)
     state = dataclasses.replace(state, cache=aux["cache"])
     return _written(state, step, sampled.tokens), sampled
+
+
+def mask_shape(step: Step, vocab_size: int) -> tuple[int, int]:
+    """`(sequences, ceil(vocab / 32))`."""
+    return len(step.slots), -(-vocab_size // 32)
 
 
 def bucket_of(name: str, count: int, sizes: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serving.grammar import Compiling, Matcher
 from serving.outputs import Answer, Output, TokenLogprob
 from serving.request import Request
 from serving.sampling_settings import Settings
@@ -20,6 +21,7 @@ class Track:
     """A sequence that is being answered.
 
     row: its sampling settings. text: None without a tokenizer. num_sent: tokens given back so far.
+    compiling, matcher: the grammar that it keeps to, and its place in it once that is compiled.
     """
 
     request: Request
@@ -28,7 +30,15 @@ class Track:
     text: TextOut | None
     times: Times
     num_sent: int = 0
+    compiling: Compiling | None = None
+    matcher: Matcher | None = None
     _logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def grammar_param(self) -> str:
+        """The field of the request that gives the grammar."""
+        wanted = self.request.params.structured_outputs
+        return getattr(wanted, "param", "structured_outputs")
 
     def take(self, logprob: TokenLogprob | None) -> Piece:
         """The text of what the request has generated since, and of its end; keeps the newest

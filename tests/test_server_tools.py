@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.server.structured import ForcedParser
 from serving.server.tools import TOOL_PARSERS, Call
 
 OFFERED = frozenset(("weather", "clock"))
@@ -97,6 +98,35 @@ def test_text_without_a_call_streams_as_it_comes(name):
     parser = TOOL_PARSERS[name](OFFERED)
     assert "".join(map(str, parser.push("The answer "))) == "The answer "
     assert parser.push("is 4.") == ["is 4."]
+
+
+FORCED = [
+    ('[ {"name": "weather", "arguments": {"city": "}{]["}},\n{"name":"clock","arguments":{}}\n]',
+     None, [("weather", {"city": "}{]["}), NOW]),
+    ('[{"name": "clock", "arguments": {}}, {"name": "weather", "argum', None,
+     [NOW, '{"name": "weather", "argum']),
+    ('{"city": "Oslo", "days": [1, 2]}', "weather", [OSLO]),
+    ("{}", "clock", [NOW]),
+    ('{"city": "Os', "weather", ['{"city": "Os']),
+    ("", "clock", []),
+]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(FORCED), st.lists(st.integers(0, 200), max_size=12))
+def test_demanded_calls_are_read_in_whatever_pieces_they_come(case, places):
+    """What is cut off stays text."""
+    text, named, expected = case
+    parser = ForcedParser(OFFERED, named)
+    parts = [part for piece in cut(text, places) for part in parser.push(piece)]
+    assert told(parts + parser.end()) == expected
+
+
+def test_demanded_calls_are_given_one_by_one():
+    parser = ForcedParser(OFFERED, None)
+    (call,) = parser.push('[{"name": "clock", "arguments": {}}')
+    assert call.function == {"name": "clock", "arguments": "{}"}
+    assert parser.push(", ") == []
 
 
 def test_ids_of_calls_differ():

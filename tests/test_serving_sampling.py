@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serving.checks import ParameterError
-from serving.sampling import Rows, Variant, sample
+from serving.sampling import NOTHING, Rows, Variant, sample
 from serving.sampling_params import SamplingParams
 from serving.sampling_settings import Room, settings_of
 
@@ -100,6 +100,7 @@ def drawn_cases(count, seed=0):
             min_tokens=some(0, 4),
             stop_token_ids=tuple(ids(1)),
             seed=row,
+            logprobs=1,
         )
         banned = some((), ((3,), (*output[-2:], 7)), ((1, 2, 8), (9, 9)))
         yield Case(params, ids(4), output, banned)
@@ -167,13 +168,14 @@ def test_a_draw_depends_on_seed_choice_position_and_logits_only():
 
 
 def test_log_probabilities_are_the_models_own_and_grammar_rules_what_is_drawn():
-    cases = [Case(SamplingParams(temperature=t, top_k=3, seed=1), [2], [3]) for t in (0.0, 1.0)]
-    logits = np.random.default_rng(4).normal(size=(2, PADDED)).astype(np.float32)
-    grammar = np.zeros((2, 2), np.uint32)
+    asked = [SamplingParams(temperature=t, top_k=3, seed=1, logprobs=3) for t in (0.0, 1.0, 1.0)]
+    cases = [Case(params, [2], [3]) for params in asked]
+    logits = np.random.default_rng(4).normal(size=(3, PADDED)).astype(np.float32)
+    grammar = np.zeros((3, 2), np.uint32)
     grammar[0, 17 // 32], grammar[1, 33 // 32] = 1 << 17, 1 << (33 - 32)
     variant = Variant(logprobs=3, vocab_size=VOCAB)
     out = sampled(logits, rows_of(cases), variant=variant, grammar=grammar)
-    np.testing.assert_array_equal(out.tokens, [17, 33])
+    np.testing.assert_array_equal(out.tokens, [17, 33, NOTHING])
     for row, token in enumerate((17, 33)):
         expected = np.log(softmax(logits[row, :VOCAB].astype(np.float64)))
         ranked = np.argsort(-expected)

@@ -157,6 +157,12 @@ class FileTokenizer(Backend):
         """A decoder that is fed one id at a time."""
         return DecodeStream(self) if self._pieces is None else PieceStream(self._pieces)
 
+    def id_bytes(self) -> list[bytes] | None:
+        """Bytes of each id within a text; None for decoders that do more than join them."""
+        if self._pieces is None:
+            return None
+        return self._pieces.id_bytes(self.vocab_size, {*self.special_tokens.values()})
+
     @functools.cached_property
     def _pieces(self) -> Pieces | None:
         """What each id is as text, for the decoders whose text is that of the ids joined."""

@@ -68,6 +68,10 @@ class ByteTokenizer(Backend):
         """A decoder that is fed one id at a time."""
         return _ByteStream(self)
 
+    def id_bytes(self) -> list[bytes]:
+        """The byte of each id; none for the special two."""
+        return [bytes((byte,)) for byte in range(256)] + [b"", b""]
+
     def files(self) -> dict[str, bytes]:
         """One small file that names the kind."""
         return {OWN_FILE: to_json({"kind": "bytes"})}
@@ -141,6 +145,10 @@ class CharacterTokenizer(Backend):
     def decode_stream(self) -> DecodeStream:
         """A decoder that is fed one id at a time."""
         return DecodeStream(self)
+
+    def id_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes of each character."""
+        return [chr(code).encode() for code in self._codes]
 
     def files(self) -> dict[str, bytes]:
         """One small file with the characters."""

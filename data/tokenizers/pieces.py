@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from data.tokenizers.protocol import REPLACEMENT, DecodeStream
@@ -84,6 +84,11 @@ class Pieces:
         """The text of ids."""
         stream = PieceStream(self)
         return stream.push_all(ids) + stream.flush()
+
+    def id_bytes(self, vocab_size: int, special: Collection[int]) -> list[bytes]:
+        """Bytes of each id within a text; none for `special` ones."""
+        table = self.table
+        return [b"" if i in special else table.get(i, b"") for i in range(vocab_size)]
 
 
 class PieceStream(DecodeStream):

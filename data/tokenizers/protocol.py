@@ -85,6 +85,12 @@ class Tokenizer(Protocol):
         """A decoder that is fed one id at a time; its pieces joined are `decode` of all ids."""
         ...
 
+    def id_bytes(self) -> list[bytes] | None:
+        """The UTF-8 bytes, whole characters or not, that each id adds within a text; none for
+        special tokens and ids without a token. None if text is not made of its ids' bytes.
+        """
+        ...
+
     def files(self) -> dict[str, bytes]:
         """The files that make this tokenizer again, by name."""
         ...

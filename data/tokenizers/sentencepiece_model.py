@@ -131,6 +131,10 @@ class SentencePieceTokenizer(Backend):
         """A decoder that is fed one id at a time."""
         return PieceStream(self._pieces)
 
+    def id_bytes(self) -> list[bytes]:
+        """Bytes of each id within a text."""
+        return self._pieces.id_bytes(self.vocab_size, {*self.special_tokens.values()})
+
     @functools.cached_property
     def _pieces(self) -> Pieces:
         normalize = self._model.normalize

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from serving.outputs import TokenLogprob
 from serving.sampling_params import SamplingParams
-from serving.server.errors import ApiError, JsonResponse
+from serving.server.errors import JsonResponse
 from serving.server.generation import (
     Choice,
     Events,
@@ -32,6 +32,7 @@ from serving.server.prompts import encode_messages
 from serving.server.schemas import ChatRequest
 from serving.server.service import Service
 from serving.server.stream import PING, event, open_stream
+from serving.server.structured import ForcedCalls, forced_calls
 from serving.server.tools import SPECIAL_MARKS, TOOL_PARSERS, Call, Part, ToolParser
 
 
@@ -40,34 +41,23 @@ async def chat(service: Service, body: ChatRequest, note: Note) -> Response:
     service.check_ready()
     adapter = service.check_model(body.model)
     params = sampling(service, body, chat=True)
-    uses_tools = calls_tools(body)
-    if uses_tools and service.settings.tool_parser in SPECIAL_MARKS:
+    forced = forced_calls(body)
+    uses_tools = bool(body.tools) and body.tool_choice != "none"
+    if forced is not None:  # Says all of the answer; `response_format` is of what is not calls.
+        params = dataclasses.replace(params, structured_outputs=forced.form)
+    elif uses_tools and service.settings.tool_parser in SPECIAL_MARKS:
         params = dataclasses.replace(params, skip_special_tokens=False)
     engine = service.engine
     tokens = await encode_messages(
         service.tokenizer, engine.template, body.messages, body, with_tools=uses_tools
     )
     job = make_job(service, [tokens], params, new_id("chatcmpl"), adapter)
-    answer = Chat(service, body, params, job, uses_tools)
+    answer = Chat(service, body, params, job, uses_tools, forced)
     note.job = job
     job.start()
     if body.stream:
         return await open_stream(answer.events())
     return JsonResponse(await answer.whole())
-
-
-def calls_tools(body: ChatRequest) -> bool:
-    """Whether the answer may call tools. Raises what is wrong with `tool_choice`."""
-    chosen = body.tool_choice
-    if not body.tools:
-        if chosen not in (None, "none"):
-            message = "tool_choice is given without tools; it must come with at least one"
-            raise ApiError(400, message, param="tool_choice")
-        return False
-    if chosen in (None, "auto", "none"):
-        return chosen != "none"
-    message = f"tool_choice is {chosen!r}; this server has 'auto' and 'none', nothing that forces"
-    raise ApiError(400, message, param="tool_choice")
 
 
 @dataclass
@@ -79,6 +69,7 @@ class Chat:
     params: SamplingParams
     job: Job
     uses_tools: bool
+    forced: ForcedCalls | None = None
 
     def __post_init__(self) -> None:
         self._model = self.body.model or self.service.names[0]
@@ -134,13 +125,15 @@ class Chat:
         """What makes a new reader for each choice."""
         if not self.uses_tools:
             return Reader
+        most = 1 if self.body.parallel_tool_calls is False else None
+        if (forced := self.forced) is not None:
+            return lambda: Reader(forced.parser(), most=most, named=forced.named)
         name = self.service.settings.tool_parser
         offered = frozenset(tool.function.name for tool in self.body.tools or ())
         hidden = None
         if name in SPECIAL_MARKS:
             special = set(self.service.tokenizer.special_tokens) - {*SPECIAL_MARKS[name]}
             hidden = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        most = 1 if self.body.parallel_tool_calls is False else None
         return lambda: Reader(TOOL_PARSERS[name](offered), hidden, most)
 
 
@@ -148,12 +141,14 @@ class Chat:
 class Reader:
     """Reads one choice: without a parser all is content.
 
-    hidden: special tokens to leave out. most: calls to give; None is all.
+    hidden: special tokens to leave out. most: calls to give; None is all. named: the request named
+    the one to call.
     """
 
     parser: ToolParser | None = None
     hidden: re.Pattern[str] | None = None
     most: int | None = None
+    named: bool = False
     _calls: int = 0
 
     def push(self, text: str) -> list[Part]:
@@ -167,8 +162,10 @@ class Reader:
         return [] if self.parser is None else self._few(self.parser.end())
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """Why the choice ended: an answer that stopped after calls ended for them."""
-        return "tool_calls" if self._calls and reason == "stop" else reason
+        """Why the choice ended: an answer that stopped after calls ended for them, but OpenAI's
+        says `stop` where the call was named.
+        """
+        return "tool_calls" if self._calls and reason == "stop" and not self.named else reason
 
     def _few(self, parts: list[Part]) -> list[Part]:
         kept: list[Part] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 import time
@@ -17,6 +18,7 @@ from serving.server.errors import ApiError
 from serving.server.job import Delta, Job, Prompt
 from serving.server.schemas import ChatRequest, CompletionRequest, Generation, StreamOptions
 from serving.server.service import Service
+from serving.server.structured import take_form
 
 HANDLED = frozenset((*CompletionRequest.model_fields, *ChatRequest.model_fields)) | {
     "metadata",
@@ -25,11 +27,6 @@ HANDLED = frozenset((*CompletionRequest.model_fields, *ChatRequest.model_fields)
 }
 """Fields that the server reads itself, or that mean nothing to one of its own."""
 REFUSED = {
-    "structured_outputs": "guided decoding",
-    "guided_json": "guided decoding",
-    "guided_regex": "guided decoding",
-    "guided_choice": "guided decoding",
-    "guided_grammar": "guided decoding",
     "chat_template": "templates in requests",
     "functions": "functions outside tools",
     "function_call": "functions outside tools",
@@ -46,10 +43,7 @@ def sampling(service: Service, body: Generation, *, chat: bool = False) -> Sampl
     for name, what in REFUSED.items():
         if fields.get(name) is not None:
             raise ApiError(400, f"{name}: this server has no {what}", param=name)
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
-        message = f"response_format: this server has no {kind!r}; it must be of type 'text'"
-        raise ApiError(400, message, param="response_format")
+    form = take_form(fields)
     if 0.0 < (fields.get("temperature") or 0.0) < LEAST_TEMPERATURE:
         fields["temperature"] = LEAST_TEMPERATURE
     if body.stream_options is not None and not body.stream:
@@ -59,7 +53,7 @@ def sampling(service: Service, body: Generation, *, chat: bool = False) -> Sampl
     params, unknown = from_fields(fields, chat=chat, defaults=defaults, other_fields=HANDLED)
     if unknown:
         logger.warning("ignored unknown fields of a request: %s", ", ".join(sorted(unknown)[:16]))
-    return params
+    return dataclasses.replace(params, structured_outputs=form) if form else params
 
 
 def make_job(

@@ -62,6 +62,7 @@ class Generation(Body):
     cache_salt: str | None = None
     user: str | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class CompletionRequest(Generation):
