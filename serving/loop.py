@@ -176,7 +176,7 @@ class EngineLoop:
             compilations=dict(self._device.compilations),
             histograms={name: each.copy() for name, each in self._histograms.items()},
             running_adapters=self._adapters(State.RUNNING),
-            waiting_adapters=self._adapters(State.WAITING, State.PREEMPTED),
+            waiting_adapters=self._adapters(State.WAITING, State.WAITING_GRAMMAR, State.PREEMPTED),
         )
 
     def _adapters(self, *states: State) -> tuple[str, ...]:
