@@ -196,8 +196,12 @@ def test_grammars_that_cannot_be_used_are_refused_by_name(url, engine, monkeypat
     params = forms("grammar", [deep], max_tokens=3)
     assert engine.generate([[1]], params)[0].text == "bbb"
     silent = Engine(checkpoint(files={}), SETTINGS)
+
+    async def submit():
+        silent.submit([1], forms("regex", ["a"])[0])
+
     with pytest.raises(ParameterError, match="left out: the checkpoint's tokenizer has none"):
-        asyncio.run(silent._generate([[1]], forms("regex", ["a"]), []))
+        asyncio.run(submit())
     silent.close()
     monkeypatch.setattr(grammar, "COMPILE_S", 0.05)
     slow = "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(30)) + '\nA30: "x"'
