@@ -76,3 +76,5 @@ def test_wrong_arguments_say_what_would_be_right(tmp_path):
     assert "'float31' is not one of float32, bfloat16" in types.stderr
     sides = run("generate", "--sides=jax", cache=tmp_path)
     assert "'jax' is not one of torch, compiled, sheaf" in sides.stderr
+    cases = run("serving", "--cases=prefix,nothing", cache=tmp_path)
+    assert "'nothing' is not one of continuous, prefix, chunks" in cases.stderr
