@@ -135,6 +135,8 @@ def measure(files: Files, options: argparse.Namespace, folder: Path) -> Measured
             log = folder / f"{peer.name.replace(' ', '-')}.log"
             with servers.running(peer, port, log) as pid:
                 take_turn(files, peer, port, pid, options.each, turns)
+            if any(not t.texts for t in turns.values()):
+                console.print(log.read_text(errors="replace")[-2000:], markup=False)
     return measured
 
 
@@ -200,15 +202,20 @@ def server_lines(measured: Measured, files: Files) -> list[list[str]]:
         for clients, turns in by_clients.items():
             text = f"{turns.rate:,.0f}"
             if name != "Sheaf":
-                text += f" ({ours[clients].rate / max(turns.rate, 1e-9):.2f} x slower)"
-            first, between = (
-                median(getattr(s, what).percentiles[0] for s in turns.summaries if getattr(s, what))
-                for what in ("first", "per_token")
-            )
+                text += f" (Sheaf {ours[clients].rate / max(turns.rate, 1e-9):.2f} x)"
             agreed = same(ours[clients].texts, turns.texts, files.tokenizer)
-            cells = [text, f"{1e3 * first:,.1f}", f"{1e3 * between:,.2f}", f"{agreed:.1%}"]
+            times = (middle(turns, what) for what in ("first", "per_token"))
+            cells = [text, *times, f"{agreed:.1%}"]
+            if not turns.texts:
+                cells = ["failed", "", "", ""]
             lines.append([name, str(clients), *cells])
     return lines
+
+
+def middle(turns: Turns, what: str) -> str:
+    """Median over turns of the median of a time, in ms."""
+    found = [figures for s in turns.summaries if (figures := getattr(s, what)) is not None]
+    return f"{1e3 * median(each.percentiles[0] for each in found):,.1f}" if found else ""
 
 
 def case_lines(measured: Measured, cases: dict[str, Any]) -> list[list[str]]:
