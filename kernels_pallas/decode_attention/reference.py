@@ -102,8 +102,11 @@ def attend(
     """
     batch, queries, heads, head_dim = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
-    grouped = q.reshape(batch, queries, kv_heads, group, head_dim)
-    scores = jnp.einsum("btkgd,bksd->bktgs", grouped, k, preferred_element_type=jnp.float32)
+    # Queries and heads of a group as one dimension: a CPU takes twice as long for two.
+    rows = jnp.swapaxes(q.reshape(batch, queries, kv_heads, group, head_dim), 1, 2)
+    rows = rows.reshape(batch, kv_heads, queries * group, head_dim)
+    scores = jnp.einsum("bkrd,bksd->bkrs", rows, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, queries, group, k.shape[2])
     scores = scores * (head_dim**-0.5 if scale is None else scale)
     per_head = (kv_heads, 1, group, 1)
     if alibi_slopes is not None:
@@ -113,9 +116,9 @@ def attend(
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     phi = softmax.phi.reshape(per_head) if isinstance(softmax, Unified) else None
     weights, total, lse = exponentials(scores, visible[:, None, :, None, :], softmax, phi)
-    out = jnp.einsum(
-        "bktgs,bksd->bktgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    weights = weights.reshape(*rows.shape[:3], k.shape[2]).astype(v.dtype)
+    out = jnp.einsum("bkrs,bksd->bkrd", weights, v, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, kv_heads, queries, group, v.shape[-1])
     out = jnp.swapaxes(out / total, 1, 2).astype(q.dtype)
     lse = jnp.swapaxes(lse[..., 0], 1, 2).reshape(batch, queries, heads)
     return out.reshape(batch, queries, heads, v.shape[-1]), lse

@@ -7,11 +7,12 @@ bounds what is read, so a caller cuts it to its longest sequence.
 
 A step is one flat list of tokens: sequence s owns tokens `cu_q_lens[s]` to `cu_q_lens[s + 1]`, the
 newest of its `kv_lens[s]`. One with a single token decodes, others are prompts or pieces of them.
-Decoding sequences are computed in one product, the others tile by tile.
+Decoding sequences are computed some at a time, the others tile by tile.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -23,6 +24,8 @@ from kernels_pallas.decode_attention.softmax import Softmax, check_softmax
 Array = jax.Array
 TILE = 64
 """Tokens of a prompt that are computed at a time."""
+GATHERED_BYTES = 2 << 20
+"""Pages of decoding sequences that are gathered at a time: about what a processor's cache holds."""
 
 
 def paged_attention(
@@ -91,18 +94,25 @@ def _decode(
     masks: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Array, Array]:
-    """The sequences of one token, all at once."""
+    """The sequences of one token, as many at a time as `GATHERED_BYTES` hold."""
     starts = cu_q_lens[:-1]
     mine = cu_q_lens[1:] - starts == 1
     rows = jnp.where(mine, starts, q.shape[0])
-    part = _attend(
-        jnp.take(q, rows, axis=0, mode="clip")[:, None],
-        pages[layer, page_table],
-        jnp.where(mine, kv_lens, 0),
-        (kv_lens - 1)[:, None],
-        masks,
-        options,
-    )
+
+    def some(arrays: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        q, table, lengths, positions = arrays
+        return _attend(q, _gather(pages, layer, table), lengths, positions, masks, options)
+
+    queries = jnp.take(q, rows, axis=0, mode="clip")[:, None]
+    arrays = (queries, page_table, jnp.where(mine, kv_lens, 0), (kv_lens - 1)[:, None])
+    page_bytes = math.prod(pages.shape[2:]) * pages.dtype.itemsize
+    size = _group(len(page_table), GATHERED_BYTES // (page_table.shape[1] * page_bytes))
+    if size == len(page_table):
+        part = some(arrays)
+    else:
+        grouped = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays)
+        part = jax.lax.map(some, grouped)
+        part = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part)
     return jax.tree.map(lambda x, new: x.at[rows].set(new[:, 0], mode="drop"), out, part)
 
 
@@ -131,7 +141,7 @@ def _prefill(
         token = first + jnp.arange(tile, dtype=jnp.int32)
         part = _attend(
             jax.lax.dynamic_slice_in_dim(q, first, tile)[None],
-            pages[layer, page_table[s]][None],
+            _gather(pages, layer, page_table[s])[None],
             kv_lens[s][None],
             (token + kv_lens[s] - cu_q_lens[s + 1])[None],
             masks,
@@ -142,6 +152,18 @@ def _prefill(
 
     padded = jax.lax.fori_loop(0, stops[-1], body, padded)
     return jax.tree.map(lambda x: x[: len(x) - tile], padded)
+
+
+def _gather(pages: Array, layer: Any, page_table: Array) -> Array:
+    """The pages of a table, each copied as one row: an index for each of its elements is slow."""
+    rows = pages.reshape(pages.shape[0] * pages.shape[1], -1)
+    found = jnp.take(rows, layer * pages.shape[1] + page_table, axis=0, mode="clip")
+    return found.reshape(*page_table.shape, *pages.shape[2:])
+
+
+def _group(count: int, most: int) -> int:
+    """The largest size of equal groups of `count`, at most `most`."""
+    return next(size for size in range(max(min(count, most), 1), 0, -1) if count % size == 0)
 
 
 def _put(x: Array, new: Array, mine: Array, first: Array) -> Array:
