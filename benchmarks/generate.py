@@ -1,14 +1,15 @@
 """Speed of generation beside transformers + torch, in one run on this machine.
 
-    python benchmarks/generate.py [--rounds=8] [--types=float32,bfloat16]
-        [--sides=torch,compiled,sheaf] [--markdown]
+    python benchmarks/generate.py [--rounds=8] [--steps=63] [--types=float32,bfloat16]
+        [--sides=torch,compiled,sheaf] [--tiny] [--markdown]
 
 The model is the 12M-parameter Llama of configs/llama_12m.py with the same random weights on both
 sides; prompts of 128 tokens, 64 new ones, greedy. Each row is a process of its own, and the rows
 take turns. In each turn a row generates 1 token, which is the prefill, then 64: the difference is
-63 steps of decoding. The ratio is the median over the rounds. Without torch its rows are left out,
-and the table says so. Measure on an idle machine: torch's threads wait for one another some hundred
-times a token, and while other programs hold their cores that costs torch far more than Sheaf.
+63 steps of decoding (`--steps`). The ratio is the median over the rounds. Without torch its rows
+are left out, and the table says so. Measure on an idle machine: torch's threads wait for one
+another some hundred times a token, and while other programs hold their cores that costs torch far
+more than Sheaf.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.generate_worker import PROMPT  # noqa: E402
 from benchmarks.train_step import TYPES, finish, has_torch  # noqa: E402
+from benchmarks.train_step_worker import TINY  # noqa: E402
 
-STEPS = 63
-"""Steps of decoding in a turn, after the token that the prefill gives."""
 ROWS = (1, 8)
 """Sizes of the batch."""
 SIDES = {"torch": "transformers", "compiled": "transformers, torch.compile", "sheaf": "Sheaf"}
@@ -50,12 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     sides = [s for s in options.sides.split(",") if s == "sheaf" or has_torch()]
     rows = [(side, dtype) for dtype in options.types.split(",") for side in sides]
     with tempfile.TemporaryDirectory() as folder:
+        if options.tiny:
+            (Path(folder) / TINY).touch()
         if has_torch():
             console.print("preparing the weights …")
             finish(start("prepare", folder))
-        measured = measure(rows, folder, options.rounds, console)
+        measured = measure(rows, folder, options, console)
     show([table_row(row, measured) for row in rows], options.markdown)
-    print(footer(measured, options.rounds))
+    print(footer(measured, options))
     same = agreement(measured, "float32")
     return 0 if same is None or same == 1.0 else 1
 
@@ -64,12 +66,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=8, help="turns of each row")
+    parser.add_argument("--steps", type=int, default=63, help="of decoding, in a turn")
     parser.add_argument("--types", default=",".join(TYPES), help="number types, by commas")
     parser.add_argument("--sides", default=",".join(SIDES), help="what to compare, by commas")
+    parser.add_argument("--tiny", action="store_true", help="small enough for a test")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds={options.rounds}: at least 1")
+    for name in ("rounds", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}={getattr(options, name)}: at least 1")
     for name, known in (("types", TYPES), ("sides", SIDES)):
         for value in getattr(options, name).split(","):
             if value not in known:
@@ -106,22 +111,24 @@ def ask(worker: subprocess.Popen[str], rows: int, new: int) -> dict[str, Any]:
     return json.loads(worker.stdout.readline())
 
 
-def measure(rows: list[Row], folder: str, rounds: int, console: Console) -> Measured:
+def measure(
+    rows: list[Row], folder: str, options: argparse.Namespace, console: Console
+) -> Measured:
     """Start a worker a row, warm each up, and let them take turns."""
     workers = {row: start(row[0], folder, row[1]) for row in rows}
     measured: Measured = {row: {"prefill": [], **{n: [] for n in ROWS}} for row in rows}
     for row, worker in workers.items():
         console.print(f"compiling {SIDES[row[0]]}, {row[1]} …")
         for count in ROWS:
-            for new in (1, STEPS + 1):
+            for new in (1, options.steps + 1):
                 measured[row][f"tokens {count}"] = ask(worker, count, new)["tokens"]
-    for turn in range(rounds):
-        console.print(f"turn {turn + 1} of {rounds}")
+    for turn in range(options.rounds):
+        console.print(f"turn {turn + 1} of {options.rounds}")
         for row, worker in workers.items():
             for count in ROWS:
                 prefill = ask(worker, count, 1)["seconds"]
-                whole = ask(worker, count, STEPS + 1)["seconds"]
-                measured[row][count].append(count * STEPS / (whole - prefill))
+                whole = ask(worker, count, options.steps + 1)["seconds"]
+                measured[row][count].append(count * options.steps / (whole - prefill))
                 if count == ROWS[-1]:
                     measured[row]["prefill"].append(count * PROMPT / prefill)
     for row, worker in workers.items():
@@ -169,12 +176,12 @@ def agreement(measured: Measured, dtype: str) -> float | None:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def footer(measured: Measured, rounds: int) -> str:
+def footer(measured: Measured, options: argparse.Namespace) -> str:
     """What it all ran on, how torch did it, agreement and the roofline."""
     busy = os.getloadavg()[0] - 1
     lines = [
-        f"Medians of {rounds} turns; {os.cpu_count()} cores; Python {platform.python_version()}; "
-        f"other programs' load {max(busy, 0.0):.1f}."
+        f"Medians of {options.rounds} turns; {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}; other programs' load {max(busy, 0.0):.1f}."
     ]
     if not has_torch():
         lines.append("torch and transformers are not installed: no rows of theirs.")
@@ -189,7 +196,7 @@ def footer(measured: Measured, rounds: int) -> str:
         if ("sheaf", dtype) not in measured:
             continue
         facts = measured["sheaf", dtype]["facts"]
-        read = facts["weight_bytes"] + facts["cache_bytes"] * (PROMPT + STEPS // 2)
+        read = facts["weight_bytes"] + facts["cache_bytes"] * (PROMPT + options.steps // 2)
         bound = facts["product"] / read
         reached = median(measured["sheaf", dtype][1]) / bound
         lines.append(

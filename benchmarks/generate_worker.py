@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.train_step_worker import CONFIG, copy_weights, hugging_face, say
+from benchmarks.train_step_worker import copy_weights, hugging_face, run_config, say
 
 PROMPT = 128
 """Tokens of a prompt."""
@@ -23,11 +23,9 @@ BANDWIDTH_BYTES = 64 << 20
 """Bytes read to measure the memory: more than the caches hold."""
 
 
-def model_config() -> Any:
-    """The model of configs/llama_12m.py."""
-    from training.config import load_config, run_config
-
-    model = run_config(load_config(CONFIG)).model
+def model_config(folder: Path) -> Any:
+    """The model of configs/llama_12m.py, or a tiny one."""
+    model = run_config(folder).model
     assert model is not None
     return model.resolve()
 
@@ -45,7 +43,7 @@ def prepare(folder: Path) -> None:
 
     from model import init
 
-    config = model_config()
+    config = model_config(folder)
     facts = dataclasses.asdict(config)
     model = hugging_face(facts)
     copy_weights(init(config, jax.random.key(0)), model)
@@ -61,7 +59,7 @@ class Sheaf:
 
         from model import Runtime, init
 
-        self.config, self.runtime = model_config(), Runtime(compute_dtype=dtype)
+        self.config, self.runtime = model_config(folder), Runtime(compute_dtype=dtype)
         params = jax.jit(init, static_argnums=0)(self.config, jax.random.key(0))
         self.params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 

@@ -1,6 +1,6 @@
 """Speed and memory of a training step beside transformers + torch, in one run on this machine.
 
-    python benchmarks/train_step.py [--steps=20] [--types=float32,bfloat16] [--markdown]
+    python benchmarks/train_step.py [--steps=20] [--types=float32,bfloat16] [--tiny] [--markdown]
 
 The model is the 12M-parameter Llama of configs/llama_12m.py, on tokens of Python's own library.
 Each row is a process of its own, so its peak memory is its own. The rows take turns, a few steps
@@ -26,6 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.train_step_worker import TINY  # noqa: E402
+
 TOKENS = 8 * 256
 """Tokens of a step."""
 STEPS_A_ROUND = 2
@@ -48,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
+        if options.tiny:
+            (Path(folder) / TINY).touch()
         console.print("preparing the text …")
         finish(start("prepare", folder))
         with_torch = has_torch()
@@ -72,6 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row")
     parser.add_argument("--types", default=",".join(TYPES), help="number types, by commas")
+    parser.add_argument("--tiny", action="store_true", help="small enough for a test")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args(arguments)
     if options.steps < 1:

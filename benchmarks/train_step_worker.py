@@ -1,7 +1,7 @@
 """The processes behind `train_step.py`: one side in one number type, told on stdin what to do.
 
 `prepare` makes the data, `torch` and `sheaf` take steps and answer in lines of JSON, `check` shows
-that both sides compute the same loss and the same training.
+that both sides compute the same loss and the same training. All find in their folder what to run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import numpy as np
 CONFIG = Path(__file__).parents[1] / "configs" / "llama_12m.py"
 BATCHES = 32
 """Batches that the torch side goes round in; the Sheaf side reads its loader without end."""
+TINY = "tiny"
+"""A file of this name in the folder asks for a model and a text small enough for a test."""
 
 
 def run_config(folder: Path, compute_dtype: str = "float32", steps: int = 1000) -> Any:
@@ -34,6 +36,9 @@ def run_config(folder: Path, compute_dtype: str = "float32", steps: int = 1000) 
     config.train.steps = steps
     config.schedule.name = "constant"
     config.schedule.warmup = 0.0
+    if (folder / TINY).exists():
+        config.data.stdlib_bytes, config.data.tokenizer.train_bytes = 400_000, 100_000
+        config.model.update({"d_model": 48, "num_layers": 2, "d_ff": 64})
     return run_config(config)
 
 

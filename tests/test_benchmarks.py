@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 def run(script: str, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     """A script of benchmarks/ as a user runs it: in a process of its own, on one CPU device."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    environment |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"benchmarks/{script}.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_a_training_step_is_measured_and_agrees_with_torch_where_there_is_one(tmp_path):
-    done = run("train_step", "--steps=2", "--types=float32", "--markdown", cache=tmp_path)
+    done = run("train_step", "--steps=2", "--types=float32", "--tiny", "--markdown", cache=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert "| Sheaf | float32 |" in rows[-1]
@@ -35,8 +35,8 @@ def test_a_training_step_is_measured_and_agrees_with_torch_where_there_is_one(tm
 
 @pytest.mark.slow
 def test_generation_is_measured_and_chooses_the_tokens_of_transformers_where_there_is_one(tmp_path):
-    options = ("--rounds=1", "--types=float32", "--sides=torch,sheaf", "--markdown")
-    done = run("generate", *options, cache=tmp_path)
+    sizes = ("--rounds=1", "--steps=7", "--types=float32", "--tiny")
+    done = run("generate", *sizes, "--sides=torch,sheaf", "--markdown", cache=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert "| Sheaf | float32 |" in rows[-1]

@@ -22,7 +22,7 @@ def of(x, valid=None):
 
 
 @settings(max_examples=5, deadline=None)
-@given(sizes=st.tuples(*[st.integers(0, 9)] * 3), width=st.integers(1, 5))
+@given(sizes=st.tuples(*[st.sampled_from((0, 1, 8))] * 3), width=st.sampled_from((1, 4)))
 def test_statistics_are_sums_whatever_the_order(sizes, width):
     rng = np.random.default_rng(width)
     a, b, c = (rng.normal(size=(size, width)).astype(np.float32) for size in sizes)

@@ -96,6 +96,8 @@ def test_a_signal_saves_says_how_to_resume_and_nothing_is_lost(text, tmp_path, n
     assert "the same command resumes it" in output
     saved = read(tmp_path / "run/metrics.jsonl")[-1]["step"]
     assert f"saved step {saved} of 400" in output
+    if number != signal.SIGTERM:
+        return  # what follows is the same whichever signal it was
     result = train_language_model(
         tiny_config(text, train__steps=400, checkpoint__every=1000),
         tmp_path / "run",
@@ -112,17 +114,17 @@ def test_a_signal_saves_says_how_to_resume_and_nothing_is_lost(text, tmp_path, n
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_bits(text, tmp_path):
-    config = write_config(tmp_path, text, steps=60, every=5)
+    config = write_config(tmp_path, text, steps=40, every=5)
     process = start(config, tmp_path / "run")
-    wait_for_step(tmp_path / "run", 13, process)
+    wait_for_step(tmp_path / "run", 8, process)
     process.kill()
     process.communicate()
-    values = tiny_config(text, train__steps=60, checkpoint__every=5)
+    values = tiny_config(text, train__steps=40, checkpoint__every=5)
     resumed = train_language_model(values, tmp_path / "run", quiet=True)
     whole = train_language_model(values, tmp_path / "whole", quiet=True)
     assert_equal_params(resumed.workdir, whole.state.params)
     steps = [row["step"] for row in read(tmp_path / "run/metrics.jsonl")]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 41))
 
 
 def test_two_processes_train_are_killed_and_resume_on_one(text, tmp_path):

@@ -75,11 +75,11 @@ def rounded(seed: int, d_in: int, d_out: int) -> Rounded:
     return Rounded(codes.astype(jnp.int32), jnp.linspace(0.01, 0.02, d_out), offset=3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
-    lead=st.lists(st.integers(1, 3), max_size=2),
-    d_in=st.integers(1, 17),
-    d_out=st.integers(1, 17),
+    lead=st.sampled_from([(), (3,), (2, 1)]),
+    d_in=st.sampled_from([1, 6, 17]),
+    d_out=st.sampled_from([1, 17]),
     bias=st.booleans(),
 )
 def test_linear_equals_float64_for_arrays_and_formats(lead, d_in, d_out, bias):
