@@ -28,10 +28,13 @@ def plain_fields(cls: type) -> list[dataclasses.Field]:
 
 
 def _field_texts(cls: type) -> dict[str, str]:
-    """`{field: what its docstring says}`; lines that are indented deeper go on with the last."""
+    """`{field: what its docstring, or a base's, says}`; lines that are indented deeper go on with
+    the last.
+    """
     found: dict[str, str] = {}
     names, last = {field.name for field in dataclasses.fields(cls)}, ""
-    for line in (cls.__doc__ or "").splitlines():
+    texts = [base.__doc__ or "" for base in reversed(cls.__mro__)]
+    for line in "\n".join(texts).splitlines():
         name, colon, text = line.strip().partition(": ")
         if colon and name in names:
             last, found[name] = name, text

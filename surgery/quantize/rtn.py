@@ -47,8 +47,8 @@ class RoundToNearest(Method):
 
 
 @dataclass(frozen=True)
-class NormalFloat4(Method):
-    """NF4, the quantiles of a normal distribution (QLoRA, arXiv 2305.14314).
+class _FourBitTable(Method):
+    """Codes of a table of 16 values, as bitsandbytes makes them.
 
     block: input channels that share a scale.
     double: the scales are coded again in 8 bits.
@@ -61,26 +61,20 @@ class NormalFloat4(Method):
         """Blocks must fill the matrix."""
         check_group(path, shape[0], self.block)
 
+
+@dataclass(frozen=True)
+class NormalFloat4(_FourBitTable):
+    """NF4, the quantiles of a normal distribution (QLoRA, arXiv 2305.14314)."""
+
     def linear(self, w: Array, stats: Stats | None) -> tuple[Any, Report]:
-        """`Lut` codes of `w [K, N]`, as bitsandbytes makes them."""
+        """`Lut` codes of `w [K, N]`."""
         return normal_float.quantize(w, self.block, double=self.double), {}
 
 
 @dataclass(frozen=True)
-class Float4(Method):
-    """FP4 as bitsandbytes has it, 1 sign bit and 8 magnitudes.
-
-    block: input channels that share a scale.
-    double: the scales are coded again in 8 bits.
-    """
-
-    block: int = 64
-    double: bool = True
-
-    def check(self, path: str, shape: tuple[int, int]) -> None:
-        """Blocks must fill the matrix."""
-        check_group(path, shape[0], self.block)
+class Float4(_FourBitTable):
+    """FP4 as bitsandbytes has it, 1 sign bit and 8 magnitudes."""
 
     def linear(self, w: Array, stats: Stats | None) -> tuple[Any, Report]:
-        """`Lut` codes of `w [K, N]`, as bitsandbytes makes them."""
+        """`Lut` codes of `w [K, N]`."""
         return float4.quantize(w, self.block, double=self.double), {}
