@@ -7,6 +7,7 @@ front.
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Any
 
@@ -92,3 +93,72 @@ def split_rows(form: str, bits: int, group: int, rows: int) -> int:
 def array_bytes(tree: Any) -> int:
     """Bytes of all arrays of a pytree (abstract ones too)."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+class InGroups(abc.ABC):
+    """What a format of codes in groups of inputs answers by its sizes alone. It has the fields
+    `codes`, `bits`, `group`, `shape`, `form` and `stored`, and multiplies in `_product`.
+    """
+
+    codes: Array
+    bits: int
+    group: int
+    shape: tuple[int, int]
+    form: str
+    stored: int | None
+
+    @abc.abstractmethod
+    def _product(self, x: Array, transposed: bool = False) -> Array: ...
+
+    def matmul(self, x: Array, rng: Array | None = None) -> Array:
+        """`[..., K] -> [..., N]` in `x.dtype`, accumulated in float32."""
+        return self._product(x)
+
+    def matmul_transposed(self, x: Array) -> Array:
+        """`[..., N] -> [..., K]`, against the transposed matrix."""
+        return self._product(x, transposed=True)
+
+    @property
+    def groups(self) -> int:
+        """Groups of an output."""
+        return self.shape[0] // self.group
+
+    @property
+    def size(self) -> int:
+        """Values it stands for, those of all layers of a stack."""
+        return self.matrices * math.prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """Of a stack; 1 of a single one."""
+        return math.prod(self.codes.shape[:-2])
+
+    def nbytes(self) -> int:
+        """Bytes of the stored form."""
+        return array_bytes(self) if self.stored is None else self.stored * self.matrices
+
+    def nominal_bits(self) -> float:
+        """Bits of a code."""
+        return float(self.bits)
+
+    def split_units(self) -> tuple[int, int]:
+        """Rows and columns that must stay on one device."""
+        return split_rows(self.form, self.bits, self.group, self.shape[0]), 1
+
+    @property
+    def separable(self) -> tuple[bool, bool]:
+        """Rows are on their own, inputs if there are several groups."""
+        return True, self.groups > 1
+
+
+def check_by_group(shape: tuple[int, int], group: int, **parts: Any) -> None:
+    """Raise `ValueError` naming the first part that has not a value a group and output of a matrix
+    `shape`; None is left out.
+    """
+    rows, columns = shape
+    for name, part in parts.items():
+        if part is not None and part.shape != (rows // group, columns):
+            raise ValueError(
+                f"{name} has shape {tuple(part.shape)}; a matrix [{rows}, {columns}] in groups of "
+                f"{group} takes {(rows // group, columns)}"
+            )

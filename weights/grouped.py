@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ Array = jax.Array
     meta_fields=["bits", "group", "shape", "form", "stored"],
 )
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(code_forms.InGroups):
     """A matrix `[K, N]` of codes in groups.
 
     codes: `uint32[packed_rows(K, bits), N]`, the stored form "words"; or "elements" `[K, N]`, uint8
@@ -54,14 +53,6 @@ class Grouped:
     shape: tuple[int, int]
     form: str = code_forms.WORDS
     stored: int | None = None
-
-    def matmul(self, x: Array, rng: Array | None = None) -> Array:
-        """`[..., K] -> [..., N]` in `x.dtype`, accumulated in float32."""
-        return self._product(x)
-
-    def matmul_transposed(self, x: Array) -> Array:
-        """`[..., N] -> [..., K]`, against the transposed matrix."""
-        return self._product(x, transposed=True)
 
     def _product(self, x: Array, transposed: bool = False) -> Array:
         scale, zero = values_of(self.scale), values_of(self.zero)
@@ -99,29 +90,9 @@ class Grouped:
         return values.reshape(codes.shape).astype(dtype)
 
     @property
-    def groups(self) -> int:
-        """Groups of an output."""
-        return self.shape[0] // self.group
-
-    @property
-    def size(self) -> int:
-        """Values it stands for, those of all layers of a stack."""
-        return math.prod(self.codes.shape[:-2]) * math.prod(self.shape)
-
-    @property
     def _center(self) -> float:
         """What an element less than its code is, where there are no zeros."""
         return 0.0 if self.form == code_forms.ELEMENTS else 2.0 ** (self.bits - 1)
-
-    def nbytes(self) -> int:
-        """Bytes of the stored form."""
-        if self.stored is not None:
-            return self.stored * (self.size // math.prod(self.shape))
-        return code_forms.array_bytes(self)
-
-    def nominal_bits(self) -> float:
-        """Bits of a code."""
-        return float(self.bits)
 
     def prepare(self, backend: str) -> Grouped:
         """Scales and zeros spread out; on a CPU codes one an element, unless 4 bits in words are
@@ -133,17 +104,7 @@ class Grouped:
             if self.zero is None:
                 codes = (codes.astype(jnp.int16) - 2 ** (self.bits - 1)).astype(jnp.int8)
             ready = dataclasses.replace(ready, codes=codes, form=code_forms.ELEMENTS)
-        matrices = self.size // math.prod(self.shape)
-        return dataclasses.replace(ready, stored=self.nbytes() // matrices)
-
-    def split_units(self) -> tuple[int, int]:
-        """Rows and columns that must stay on one device."""
-        return code_forms.split_rows(self.form, self.bits, self.group, self.shape[0]), 1
-
-    @property
-    def separable(self) -> tuple[bool, bool]:
-        """Rows are on their own, inputs if there are several groups."""
-        return True, self.groups > 1
+        return dataclasses.replace(ready, stored=self.nbytes() // self.matrices)
 
     def specs(self, spec: PartitionSpec) -> Grouped:
         """Codes, scales and zeros are split as the matrix, on their own smaller axes."""
@@ -170,12 +131,7 @@ def from_codes(
     """
     rows, columns = codes.shape
     group = code_forms.group_size(group, rows)
-    for name, part in (("scale", scale), ("zero", zero)):
-        if part is not None and part.shape != (rows // group, columns):
-            raise ValueError(
-                f"{name} has shape {tuple(part.shape)}; a matrix [{rows}, {columns}] in groups of "
-                f"{group} takes {(rows // group, columns)}"
-            )
+    code_forms.check_by_group((rows, columns), group, scale=scale, zero=zero)
     if zero is not None and not isinstance(zero, SecondOrder):
         zero = whole(zero, bits) if jnp.issubdtype(zero.dtype, jnp.integer) else zero
     return Grouped(pack(codes, bits), scale, zero, bits, group, (rows, columns))

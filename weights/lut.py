@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ Array = jax.Array
     meta_fields=["bits", "group", "shape", "form", "stored"],
 )
 @dataclass(frozen=True)
-class Lut:
+class Lut(code_forms.InGroups):
     """A matrix `[K, N]` of codes of table entries.
 
     codes: `uint32[packed_rows(K, bits), N]`, the stored form "words"; or "elements", uint8[K, N].
@@ -54,17 +53,8 @@ class Lut:
     form: str = code_forms.WORDS
     stored: int | None = None
 
-    def matmul(self, x: Array, rng: Array | None = None) -> Array:
-        """`[..., K] -> [..., N]` in `x.dtype`, accumulated in float32; a bfloat16 input multiplies
-        a table in bfloat16.
-        """
-        return self._product(x)
-
-    def matmul_transposed(self, x: Array) -> Array:
-        """`[..., N] -> [..., K]`, against the transposed matrix."""
-        return self._product(x, transposed=True)
-
     def _product(self, x: Array, transposed: bool = False) -> Array:
+        """A bfloat16 input multiplies a table in bfloat16."""
         return quantized_matmul(
             x,
             self.codes,
@@ -106,44 +96,15 @@ class Lut:
             values = values + values_of(self.offset).astype(jnp.float32)[..., None, :]
         return values.reshape(codes.shape).astype(dtype)
 
-    @property
-    def groups(self) -> int:
-        """Groups of an output."""
-        return self.shape[0] // self.group
-
-    @property
-    def size(self) -> int:
-        """Values it stands for, those of all layers of a stack."""
-        return math.prod(self.codes.shape[:-2]) * math.prod(self.shape)
-
-    def nbytes(self) -> int:
-        """Bytes of the stored form."""
-        if self.stored is not None:
-            return self.stored * (self.size // math.prod(self.shape))
-        return code_forms.array_bytes(self)
-
-    def nominal_bits(self) -> float:
-        """Bits of a code."""
-        return float(self.bits)
-
     def prepare(self, backend: str) -> Lut:
         """Scales and offsets spread out; on a CPU codes one an element."""
-        stored = self.nbytes() // (self.size // math.prod(self.shape))
+        stored = self.nbytes() // self.matrices
         scale, offset = values_of(self.scale), values_of(self.offset)
         ready = dataclasses.replace(self, scale=scale, offset=offset, stored=stored)
         if backend != "cpu":
             return ready
         codes = code_forms.elements(self.codes, self.form, self.bits, self.shape[0])
         return dataclasses.replace(ready, codes=codes, form=code_forms.ELEMENTS)
-
-    def split_units(self) -> tuple[int, int]:
-        """Rows and columns that must stay on one device."""
-        return code_forms.split_rows(self.form, self.bits, self.group, self.shape[0]), 1
-
-    @property
-    def separable(self) -> tuple[bool, bool]:
-        """Rows are on their own, inputs if there are several groups."""
-        return True, self.groups > 1
 
     def specs(self, spec: PartitionSpec) -> Lut:
         """Codes, scales, offsets and select are split as the matrix; tables are everywhere."""
@@ -189,12 +150,7 @@ def from_codes(
         )
     bits = (entries - 1).bit_length()
     table = jnp.pad(table, ((0, 0), (0, 2**bits - entries)))
-    for name, part in (("scale", scale), ("select", select), ("offset", offset)):
-        if part is not None and part.shape != (rows // group, columns):
-            raise ValueError(
-                f"{name} has shape {tuple(part.shape)}; a matrix [{rows}, {columns}] in groups of "
-                f"{group} takes {(rows // group, columns)}"
-            )
+    code_forms.check_by_group((rows, columns), group, scale=scale, select=select, offset=offset)
     select = None if select is None else select.astype(jnp.uint8)
     return Lut(pack(codes, bits), table, select, scale, offset, bits, group, (rows, columns))
 
