@@ -16,7 +16,11 @@ from serving.settings import EngineSettings
 from sharding import MeshConfig
 
 KEY_VARIABLE = "SHEAF_API_KEY"
-RENAMED = {"api_keys": "api-key", "served_names": "served-name"}
+RENAMED = {
+    "allowed_origins": "allowed-origin",
+    "api_keys": "api-key",
+    "served_names": "served-name",
+}
 """Flags that may come several times, by field."""
 DESCRIPTION = """\
 Serve a checkpoint: a run or checkpoint folder, a Hugging Face folder, or hub:owner/name.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from model.layers_apart import can_be_apart, layers_apart
 from serving.memory import Model, choose_pages, make_state, page_bytes
 from serving.outputs import TokenLogprob
 from serving.plan import ScheduledSequence, StepPlan
+from serving.prompt_out import PromptPart
 from serving.request import Request
 from serving.sampling import Sampled, Variant
 from serving.sampling_params import SamplingParams
@@ -46,6 +47,19 @@ class Sent:
     plan: StepPlan
     sampled: Sampled
     began: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave.
+
+    tokens: sampled ones, one for each of `plan.sampling`. logprobs: theirs, if asked for.
+    parts: what it tells of prompts.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None
+    parts: list[tuple[ScheduledSequence, PromptPart]]
 
 
 class Device:
@@ -109,15 +123,17 @@ class Device:
             leaf.copy_to_host_async()
         return Sent(plan, sampled, began)
 
-    def read(self, sent: Sent) -> tuple[list[int], list[TokenLogprob] | None]:
-        """What a step sampled, one for each of `plan.sampling`, once it is done."""
+    def read(self, sent: Sent) -> Outcome:
+        """What a step gave, once it is done."""
         rows = [row for row, sequence in enumerate(sent.plan.sequences) if sequence.samples]
         sampled: Sampled = jax.device_get(sent.sampled)
-        params = [each.request.params for each in sent.plan.sampling]
-        if sampled.logprobs is None or all(each.logprobs is None for each in params):
-            return sampled.tokens[rows].tolist(), None
-        found = [logprob_of(sampled, row) for row in rows]
-        return [each.token for each in found], found
+        tokens, asked = sampled.tokens[rows].tolist(), sent.plan.sampling
+        wanted = any(each.request.params.logprobs is not None for each in asked)
+        told = wanted and sampled.logprobs is not None
+        found = [logprob_of(sampled, row) for row in rows] if told else None
+        read = sampled.read
+        parts = [] if read is None else list(_parts(sent.plan.sequences, read))
+        return Outcome(tokens, found, parts)
 
     @property
     def _vocab(self) -> int:
@@ -177,6 +193,20 @@ def choice_row(row: Settings, choice: int) -> Settings:
 def _shape(step: Step, variant: Variant) -> Shape:
     sequences, width = step.page_table.shape
     return step.tokens, sequences, width, step.decodes, variant
+
+
+def _parts(
+    sequences: Sequence[ScheduledSequence], read: Any
+) -> Iterator[tuple[ScheduledSequence, PromptPart]]:
+    """What a step tells of each prompt that it reads; its tokens lie one after another."""
+    at = 0
+    for row, sequence in enumerate(sequences):
+        first, at = at, at + sequence.stop - sequence.start
+        if sequence.reads:
+            known = min(sequence.stop, len(sequence.request.prompt) - 1) - sequence.start
+            scored = range(first, first + known) if sequence.request.scores_prompt else ()
+            logprobs = [logprob_of(read.following, token) for token in scored]
+            yield sequence, PromptPart(sequence.start, logprobs, read.sums[row], read.lasts[row])
 
 
 def logprob_of(sampled: Any, row: int) -> TokenLogprob:

@@ -27,7 +27,7 @@ import numpy as np
 
 from kernels_pallas.target import current_target
 from model.checkpoint import Checkpoint
-from serving import loading, whole
+from serving import loading
 from serving.adapters import Adapters, with_adapters
 from serving.checks import ParameterError
 from serving.device import Device, choice_row
@@ -35,8 +35,15 @@ from serving.grammar import Grammars
 from serving.loop import EngineLoop
 from serving.outputs import Answer, EngineStoppedError, Result, TokenLogprob
 from serving.pages import PagePool
-from serving.request import Request, State
-from serving.sampling_params import Limits, SamplingParams, banned_sequences, resolve, truncate
+from serving.request import Kind, Request, State
+from serving.sampling_params import (
+    PROMPT_ONLY,
+    Limits,
+    SamplingParams,
+    banned_sequences,
+    resolve,
+    truncate,
+)
 from serving.sampling_settings import Settings, settings_of
 from serving.scheduler import QueueFullError, Scheduler
 from serving.settings import EngineSettings, resolve_settings
@@ -48,6 +55,8 @@ from serving.tracking import Track
 from sharding import Layout
 
 Prompt = str | Sequence[int]
+Asked = tuple[Prompt, SamplingParams, str | None]
+"""A prompt, what is asked of it, and the adapter."""
 RETRY_S, DRAIN_LOOK_S = 0.05, 0.02
 
 
@@ -191,6 +200,7 @@ class Engine:
         priority: int = 0,
         cache_key: str = "",
         adapter: str | None = None,
+        kind: Kind = Kind.GENERATE,
     ) -> Answer:
         """Queue a request; its outputs come in the event loop of the caller.
 
@@ -201,6 +211,7 @@ class Engine:
             priority: lower goes first, under that policy; 0 leaves it to `params`.
             cache_key: only requests with the same one share cached pages.
             adapter: the name of one; None is the base. Cached pages are its own.
+            kind: what is wanted; a score comes as `prompt_logprobs`, a vector as `vector`.
 
         Raises:
             ParameterError: this model or engine does not allow it; names the field. A grammar that
@@ -212,6 +223,9 @@ class Engine:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         adapter_id = self._adapter_id(adapter)
+        if kind is not Kind.GENERATE:
+            logprobs = params.logprobs or 0 if kind is Kind.SCORE else None
+            params = dataclasses.replace(PROMPT_ONLY, logprobs=logprobs)
         prompt, params = self._resolved(tokens, params, priority)
         wanted = StructuredOutputs.of(params.structured_outputs)
         if wanted is not None:
@@ -234,10 +248,12 @@ class Engine:
                 adapter_id=adapter_id,
                 cache_key=cache_key,
                 choice=choice,
+                kind=kind,
                 state=State.WAITING if wanted is None else State.WAITING_GRAMMAR,
             )
             text = None if self.tokenizer is None else TextOut(self.tokenizer, params, prompt)
-            tracks.append(Track(request, answer, choice_row(row, choice), text, Times(now)))
+            times, pooling = Times(now), self.settings.pooling
+            tracks.append(Track(request, answer, choice_row(row, choice), text, times, pooling))
         self._loop.submit(tracks)
         if wanted is not None:
             self._loop.guide(tracks, self._grammars.compile(wanted))
@@ -255,7 +271,6 @@ class Engine:
         adapter: its name, for all, or one a prompt; None is the base.
         Works in a notebook too: the waiting happens in another thread's event loop.
         """
-        self.start()
         if params is None:
             params = SamplingParams(**self.defaults)
         count = len(prompts)
@@ -264,10 +279,13 @@ class Engine:
         for what, given in (("params", each), ("adapters", names)):
             if len(given) != count:
                 raise ValueError(f"{len(given)} {what} for {count} prompts; one each, or one")
+        return self._wait_for(list(zip(prompts, each, names, strict=True)), Kind.GENERATE)
+
+    def _wait_for(self, asked: Sequence[Asked], kind: Kind) -> list[Result]:
+        self.start()
         running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = []
         with ThreadPoolExecutor(1, "generate") as pool:
-            asked = list(zip(prompts, each, names, strict=True))
-            results = pool.submit(asyncio.run, self._generate(asked, running))
+            results = pool.submit(asyncio.run, self._answers(asked, kind, running))
             try:
                 return results.result()
             except BaseException:
@@ -276,9 +294,7 @@ class Engine:
                         loop.call_soon_threadsafe(task.cancel)
                 raise
 
-    async def _generate(
-        self, asked: Sequence[tuple[Prompt, SamplingParams, str | None]], running: list
-    ) -> list[Result]:
+    async def _answers(self, asked: Sequence[Asked], kind: Kind, running: list) -> list[Result]:
         running.append((asyncio.get_running_loop(), asyncio.current_task()))
         room = asyncio.Semaphore(self.settings.max_waiting)
 
@@ -287,7 +303,7 @@ class Engine:
                 tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
                 while True:
                     try:
-                        return await self.submit(tokens, params, adapter=adapter).all()
+                        return await self.submit(tokens, params, adapter=adapter, kind=kind).all()
                     except QueueFullError:  # Others fill it; there is time.
                         await asyncio.sleep(RETRY_S)
 
@@ -305,32 +321,20 @@ class Engine:
         self, tokens: Sequence[int], logprobs: int = 0, adapter: str | None = None
     ) -> list[TokenLogprob]:
         """Log-probability of each token but the first, given those before it, and of the likeliest
-        `logprobs` in its place. Computed beside the running requests, in the caller's thread.
+        `logprobs` in its place. For many texts at once: `generate` with `echo`, `logprobs` and
+        `max_tokens=0`.
         """
-        ids = self._checked(tokens)
-        if not 0 <= logprobs <= self.limits.max_logprobs:
-            raise ParameterError("logprobs", f"is {logprobs}", f"0 to {self.limits.max_logprobs}")
-        found = whole.score(
-            self._device.model,
-            ids,
-            count=self.limits.max_logprobs,
-            longest=self.limits.max_model_len,
-            adapter=self._adapter_id(adapter),
-        )
-        return [dataclasses.replace(each, top=each.top[:logprobs]) for each in found]
+        params = SamplingParams(logprobs=logprobs)
+        result = self._wait_for([(tokens, params, adapter)], Kind.SCORE)[0]
+        return list(result.choices[0].prompt_logprobs or ())
 
-    def embed(
-        self,
-        texts: Sequence[Sequence[int]],
-        pooling: whole.Pooling = "last",
-        adapter: str | None = None,
-    ) -> np.ndarray:
-        """`float32[texts, d_model]`, vectors of length 1: the hidden state of each text's last
-        token after the final norm, or the mean over its tokens.
+    def embed(self, texts: Sequence[Sequence[int]], adapter: str | None = None) -> np.ndarray:
+        """`float32[texts, d_model]`, vectors of length 1 of the hidden states after the final norm,
+        as `EngineSettings.pooling` says.
         """
-        ids = [self._checked(text) for text in texts]
-        options = {"longest": self.limits.max_model_len, "adapter": self._adapter_id(adapter)}
-        return whole.embed(self._device.model, ids, pooling=pooling, **options)
+        asked = [(text, SamplingParams(), adapter) for text in texts]
+        results = self._wait_for(asked, Kind.EMBED)
+        return np.stack([np.asarray(result.choices[0].vector) for result in results])
 
     # -- what they share
 

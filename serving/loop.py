@@ -28,7 +28,7 @@ from serving.sampling import NOTHING
 from serving.sampling_settings import Settings
 from serving.scheduler import QueueFullError, Scheduler
 from serving.settings import EngineSettings
-from serving.stats import EngineStats, Histogram, Pulse
+from serving.stats import EngineStats, Histogram
 from serving.tracking import Track
 
 Delivery = tuple[Answer, Output | BaseException]
@@ -64,7 +64,6 @@ class EngineLoop:
         self._posted: list[Callable[[], None]] = []
         self._refusing, self._stopping = False, False
         self._next_look, self._last_turn = 0.0, time.monotonic()
-        self._pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -146,14 +145,18 @@ class EngineLoop:
         return len(self._tracks) + len(self._arrived)
 
     def stop(self) -> None:
-        """End all requests with `abort`, and the thread; waits for that."""
+        """End all requests with `abort`, and the thread; waits for that, but not for a step that
+        takes longer than the watchdog allows.
+        """
         with self._wake:
             self._refusing = self._stopping = True
             self._wake.notify()
         if self._thread.ident is None:
             self._end_all()
-        else:
-            self._thread.join()
+        while self._thread.is_alive() and self.healthy():
+            self._thread.join(LOOK_EVERY_S)
+        if self._thread.is_alive() and self.failure is None:
+            self._fail(TimeoutError(f"a step took longer than {self._settings.watchdog_s:g} s"))
 
     def stats(self) -> EngineStats:
         """The numbers as they are now."""
@@ -205,8 +208,6 @@ class EngineLoop:
         self._last_turn = time.monotonic()
         self._take_arrived()
         self._end_overdue(self._last_turn)
-        if line := self._pulse.line(self._last_turn, self.stats):
-            logger.info("%s", line)
         running = self._scheduler.running
         if any(request.num_unread and request.params.structured_outputs for request in running):
             # What may follow a token is known once that is read.
@@ -292,11 +293,16 @@ class EngineLoop:
                 self._scheduler.finish(track.request, State.FINISHED_STOP)
 
     def _read(self, sent: Sent) -> None:
-        tokens, logprobs = self._device.read(sent)
+        outcome = self._device.read(sent)
         now = time.monotonic()
         self._histograms["step_seconds"].observe(now - sent.began)
         self._histograms["iteration_tokens_total"].observe(sent.plan.num_tokens)
+        for sequence, part in outcome.parts:
+            track = self._tracks.get(sequence.request.id)
+            if track is not None and track.request is sequence.request and track.prompt is not None:
+                track.prompt.take(part, sequence.stop - sequence.start)
         sampling = [sequence.request for sequence in sent.plan.sampling]
+        tokens, logprobs = outcome.tokens, outcome.logprobs
         of_request = dict(zip(sampling, logprobs or [None] * len(sampling), strict=True))
         if NOTHING in tokens:
             for request, token in zip(sampling, tokens, strict=True):

@@ -12,7 +12,7 @@ import jax
 
 from model import ModelConfig, Runtime
 from model.caches import init_paged_cache
-from model.decoder import segments_of
+from model.segments import segments_of
 from serving.sampling_settings import Room
 from serving.settings import EngineSettings, Resolved
 from serving.shapes import Shapes

@@ -8,6 +8,8 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from serving.sampling_params import SamplingParams
 
 
@@ -26,6 +28,10 @@ class TokenLogprob:
     rank: int
     top: tuple[tuple[int, float], ...] = ()
 
+    def cut(self, count: int) -> TokenLogprob:
+        """The same with so many likeliest."""
+        return dataclasses.replace(self, top=self.top[:count])
+
 
 @dataclass(frozen=True)
 class Output:
@@ -36,6 +42,9 @@ class Output:
     finish_reason: `stop`, `length`, `abort` or `error` in the last one, None before.
     stop_reason: the stop string or id; None for the end-of-text token; `timeout`, `queue_timeout`.
     prompt_tokens, cached_tokens, completion_tokens: of the choice so far.
+    prompt_logprobs: in the first one, if asked for with `echo`: those of the prompt's tokens but
+        the first.
+    vector: `float32[d_model]`, of a request for one.
     """
 
     request_id: str
@@ -48,6 +57,8 @@ class Output:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    vector: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,7 @@ def join(outputs: Sequence[Output]) -> Output:
         text="".join(output.text for output in outputs),
         token_ids=tuple(token for output in outputs for token in output.token_ids),
         logprobs=logprobs,
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )
 
 

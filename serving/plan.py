@@ -15,7 +15,7 @@ class ScheduledSequence:
     tokens: their ids; `UNREAD` is the token that the device sampled last for `slot`. slot: the row
     of the device's state. pages: the pages that hold positions from 0 on, also those of this step.
     samples: the step samples the token at position `stop`. ends: the prompt of a request that
-    generates nothing is complete.
+    generates nothing is complete. reads: the step tells of the prompt what the request asks.
     """
 
     request: Request
@@ -26,6 +26,7 @@ class ScheduledSequence:
     pages: tuple[int, ...]
     samples: bool
     ends: bool
+    reads: bool = False
 
 
 @dataclass(frozen=True)

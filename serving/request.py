@@ -123,9 +123,14 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether it needs the logits of its prompt, which no cache stores."""
+        """Whether it asks for the log-probabilities of its prompt."""
         echoes = self.params.echo and self.params.logprobs is not None
         return self.kind is Kind.SCORE or echoes
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it asks for what no cache stores: its prompt's log-probabilities, or a vector."""
+        return self.kind is Kind.EMBED or self.scores_prompt
 
     @property
     def finish_reason(self) -> str | None:

@@ -34,12 +34,14 @@ class Variant:
     draws: some row may have a temperature above 0.
     logprobs: how many likeliest tokens come back with log-probabilities; None returns none at all.
     processed: log-probabilities of what was drawn from, rather than of the model.
+    reads: also those of prompts, where a sequence asks for it.
     vocab_size: ids from here on are padding of the table and never drawn; None has no padding.
     """
 
     draws: bool = True
     logprobs: int | None = None
     processed: bool = False
+    reads: bool = False
     vocab_size: int | None = None
 
 
@@ -71,6 +73,7 @@ class Sampled:
     logprobs: float32[rows], log-probability of each token.
     ranks: int32[rows], 1 for the likeliest.
     top_tokens, top_logprobs: int32 and float32[rows, n], the likeliest in falling order.
+    read: what the step tells of prompts, if it was compiled for that.
     """
 
     tokens: Array
@@ -78,6 +81,22 @@ class Sampled:
     ranks: Array | None = None
     top_tokens: Array | None = None
     top_logprobs: Array | None = None
+    read: Read | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Read:
+    """What a step tells of prompts.
+
+    following: the token after each token of the step, as if it had been sampled.
+    sums, lasts: float32[sequences, d_model], of the hidden states of each sequence's tokens in the
+        step their sum, and the last one.
+    """
+
+    following: Sampled
+    sums: Array
+    lasts: Array
 
 
 def sample(logits: Array, rows: Rows, variant: Variant, grammar: Array | None = None) -> Sampled:
@@ -86,10 +105,7 @@ def sample(logits: Array, rows: Rows, variant: Variant, grammar: Array | None = 
     grammar: `uint32[rows, ceil(vocab / 32)]`, bit i of word w allows id `32 w + i`; None allows
     all. Log-probabilities are zeros if no row's settings ask for them.
     """
-    z = logits.astype(jnp.float32)
-    if variant.vocab_size is not None and variant.vocab_size < z.shape[1]:
-        z = jnp.where(jnp.arange(z.shape[1]) < variant.vocab_size, z, -jnp.inf)
-    raw = z
+    raw = z = drawable(logits, variant)
     if grammar is not None:
         z = jnp.where(_bits(grammar, z.shape[1]), z, -jnp.inf)
     z = jax.lax.cond(jnp.any(rows.settings.adjusts), adjust, lambda z, _: z, z, rows)
@@ -102,6 +118,14 @@ def sample(logits: Array, rows: Rows, variant: Variant, grammar: Array | None = 
         return Sampled(tokens)
     scored = z if variant.processed else raw
     return _if_asked(tokens, scored, variant.logprobs, jnp.any(rows.settings.logprobs))
+
+
+def drawable(logits: Array, variant: Variant) -> Array:
+    """Logits `[rows, vocab]` in float32, without padding of the table."""
+    z = logits.astype(jnp.float32)
+    if variant.vocab_size is None or variant.vocab_size >= z.shape[1]:
+        return z
+    return jnp.where(jnp.arange(z.shape[1]) < variant.vocab_size, z, -jnp.inf)
 
 
 def with_logprobs(tokens: Array, z: Array, count: int) -> Sampled:

@@ -268,3 +268,7 @@ def _biases(given: Any) -> dict[int, float]:
             raise ParameterError("logit_bias", f"has the key {key!r}", "ids, 0 or more, as keys")
         biases[int(text)] = min(max(number("logit_bias", value), -MAX_BIAS), MAX_BIAS)
     return biases
+
+
+PROMPT_ONLY = SamplingParams(temperature=0.0, max_tokens=0, echo=True)
+"""Reads a prompt and draws nothing."""

@@ -277,7 +277,7 @@ class Scheduler:
 
     def _hits(self, request: Request) -> list[int]:
         """Cached pages of a request's prefix; never of its last token, whose logits are needed."""
-        if not self.config.prefix_caching or request.scores_prompt:
+        if not self.config.prefix_caching or request.reads_prompt:
             return []
         self._extend(request)
         return self.pool.lookup(request.chain[: (request.num_known - 1) // self.pool.page_size])
@@ -293,7 +293,7 @@ class Scheduler:
 
     def _worth_waiting(self, request: Request, num_hits: int, soon: set[bytes]) -> bool:
         """Under `lpm`: whether much of what a request lacks will soon be found in the cache."""
-        if self.config.policy != "lpm" or request.scores_prompt:
+        if self.config.policy != "lpm" or request.reads_prompt:
             return False
         following = request.chain[num_hits:]
         shared = next((i for i, h in enumerate(following) if h not in soon), len(following))
@@ -316,7 +316,7 @@ class Scheduler:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed, len(request.prompt))
             self.counters.prompt_tokens += len(request.prompt)
-        if self.config.prefix_caching and not request.scores_prompt:
+        if self.config.prefix_caching and not request.reads_prompt:
             self.counters.prefix_queries += request.num_known
             self.counters.prefix_hits += request.num_computed
         self.running.append(request)
@@ -339,6 +339,7 @@ class Scheduler:
             pages=tuple(request.pages),
             samples=done and generates,
             ends=done and not generates,
+            reads=request.reads_prompt and start < len(request.prompt),
         )
         request.num_computed = stop
         request.num_unread += planned.samples

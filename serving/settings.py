@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from model import ModelConfig
+from serving.prompt_out import POOLINGS, Pooling
 from serving.queue import Policy
 from serving.sampling_settings import DEFAULT_ROOM, Room
 from serving.scheduler import SchedulerConfig
@@ -40,7 +41,9 @@ class EngineSettings:
     chunk_sizes: most tokens of a step with a prompt in it, likewise.
     page_widths: most pages of the longest sequence of a step, likewise.
     max_logprobs: most likeliest tokens that a request may ask for.
-    processed_logprobs: log-probabilities of what was drawn from, rather than of the model.
+    processed_logprobs: log-probabilities of what was drawn from, rather than of the model; those of
+        prompts are always the model's.
+    pooling: what a text's vector is: the "mean" of its tokens' hidden states, or the "last" one.
     queue_timeout_s: a request that waited so long ends with an error; None is never.
     request_timeout_s: one that took so long ends with what it has; None is never.
     watchdog_s: with a step that takes longer the engine counts as dead.
@@ -69,6 +72,7 @@ class EngineSettings:
     page_widths: tuple[int, ...] = ()
     max_logprobs: int = 20
     processed_logprobs: bool = False
+    pooling: Pooling = "mean"
     queue_timeout_s: float | None = None
     request_timeout_s: float | None = None
     watchdog_s: float = 300.0
@@ -86,6 +90,9 @@ class EngineSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"memory_fraction is {self.memory_fraction}; it must be in (0, 1]")
+        if self.pooling not in POOLINGS:
+            known = ", ".join(POOLINGS)
+            raise ValueError(f"pooling is {self.pooling!r}; it must be one of {known}")
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs is {self.max_logprobs}; it must be 0 or more")
         for name in ("decode_sizes", "chunk_sizes", "page_widths"):

@@ -7,6 +7,7 @@ table matters only where attention gathers pages (a CPU); kernels read what a se
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Shapes:
     """Buckets of steps that only decode, and of all others; and variants of the sampler.
 
     greedy: no draws. draws: any temperature. full: also log-probabilities, and grammars' masks; one
-    program has both, so that neither adds to the other's.
+    program has both, so that neither adds to the other's. reads: also those of prompts.
     """
 
     decode: Buckets
@@ -32,18 +33,20 @@ class Shapes:
     greedy: Variant
     draws: Variant
     full: Variant
+    reads: Variant
 
     def pack(self, sequences: Sequence[ScheduledSequence]) -> tuple[Step, Variant]:
         """A step's arrays and its sampler, in the smallest shape that holds it."""
-        decodes = all(sequence.stop - sequence.start == 1 for sequence in sequences)
+        decodes = all(each.stop - each.start == 1 and not each.reads for each in sequences)
         buckets = self.decode if decodes else self.mixed
         step = pack(sequences, buckets, self.page_size, mixed=not decodes)
         return step, self._variant(sequences, decodes)
 
     def _variant(self, sequences: Sequence[ScheduledSequence], decodes: bool) -> Variant:
         asked = [sequence.request.params for sequence in sequences if sequence.samples]
-        if any(params.logprobs is not None or params.structured_outputs for params in asked):
-            return self.full
+        told = any(params.logprobs is not None or params.structured_outputs for params in asked)
+        if told or any(sequence.reads for sequence in sequences):
+            return self.full if decodes else self.reads
         # A prompt's step is long beside its sampler, and each variant is a program.
         hot = any(params.temperature > 0.0 for params in asked)
         return self.draws if hot or not decodes else self.greedy
@@ -54,7 +57,7 @@ class Shapes:
             yield from self._widths((size, size), False, (self.greedy, self.draws, self.full))
         for tokens in self.mixed.tokens:
             sizes = (tokens, self.mixed.sequences[-1])
-            yield from self._widths(sizes, True, (self.draws, self.full))
+            yield from self._widths(sizes, True, (self.draws, self.reads))
 
     def largest(self) -> tuple[Step, Variant]:
         """The program that needs most memory."""
@@ -88,15 +91,18 @@ def choose_shapes(
         _completed(sizes, largest)
         for sizes, largest in ((decodes, slots), (chunks, most), (widths, widest))
     )
-    variants = (
-        Variant(draws, logprobs, settings.processed_logprobs, vocab_size)
-        for draws, logprobs in ((False, None), (True, None), (True, settings.max_logprobs))
+    greedy, draws, full = (
+        Variant(draws, count, settings.processed_logprobs, vocab_size=vocab_size)
+        for draws, count in ((False, None), (True, None), (True, settings.max_logprobs))
     )
     return Shapes(
-        Buckets(decodes, decodes, widths),
-        Buckets(chunks, (slots,), widths),
-        resolved.page_size,
-        *variants,
+        decode=Buckets(decodes, decodes, widths),
+        mixed=Buckets(chunks, (slots,), widths),
+        page_size=resolved.page_size,
+        greedy=greedy,
+        draws=draws,
+        full=full,
+        reads=dataclasses.replace(full, reads=True),
     )
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _TO_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
@@ -99,36 +98,10 @@ class EngineStats:
         """The fraction of pages that somebody holds."""
         return 1.0 - self.pages_free / self.pages_total
 
-
-@dataclass
-class Pulse:
-    """The line that an engine logs from time to time, unless nothing happened.
-
-    every: seconds between two.
-    """
-
-    every: float = 10.0
-    _at: float = -math.inf
-    _last: EngineStats | None = None
-
-    def line(self, now: float, stats: Callable[[], EngineStats]) -> str | None:
-        """What happened since the last one, if it is time and something did."""
-        if now < self._at + self.every:
-            return None
-        old, seconds, new = self._last, now - self._at, stats()
-        self._last, self._at = new, now
-        if old is None:
-            return None
-        prompt = new.prompt_tokens - old.prompt_tokens
-        generated = new.generation_tokens - old.generation_tokens
-        queries, hits = new.prefix_queries - old.prefix_queries, new.prefix_hits - old.prefix_hits
-        if not prompt + generated:
-            return None
-        return (
-            f"{prompt / seconds:.1f} prompt and {generated / seconds:.1f} new tokens/s, "
-            f"{new.running} running, {new.waiting} waiting, pages {new.kv_cache_usage:.0%} in use, "
-            f"{hits / max(queries, 1):.0%} of prefixes cached"
-        )
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """Bytes of keys and values of one token on a device, all layers together."""
+        return self.page_bytes / self.page_size
 
 
 @dataclass

@@ -22,8 +22,9 @@ import numpy as np
 from kernels_pallas.target import current_target
 from model import ModelConfig, Runtime, hidden_states, logits
 from model.caches import PagedCache, init_paged_cache, paged_step
-from model.decoder import segments_of
+from model.segments import segments_of
 from serving.plan import ScheduledSequence
+from serving.reading import read_prompts
 from serving.sampling import Rows, Sampled, Variant, sample
 from serving.sampling_settings import DEFAULT_ROOM, Room, Settings, empty_settings
 from weights import low_rank_bank
@@ -59,6 +60,7 @@ class Step:
     cu_q_lens: int32[sequences + 1], first token of each in the flat batch.
     samples: bool[sequences], whose next token is drawn.
     page_table: int32[sequences, width].
+    scores: bool[sequences], whose prompt's tokens get log-probabilities; None is nobody's.
     tokens: size of the flat batch.
     decodes: every sequence brings one token.
     adapters: int32[sequences], the number of each sequence's adapter, 0 for none; None is none.
@@ -72,6 +74,7 @@ class Step:
     tokens: int = dataclasses.field(metadata={"static": True})
     decodes: bool = dataclasses.field(metadata={"static": True})
     adapters: Any = None
+    scores: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -168,19 +171,21 @@ def pack(
     widest = max((len(sequence.pages) for sequence in sequences), default=1)
     width = bucket_of("pages", widest, buckets.pages)
     slots, samples = np.full(size, -1, np.int32), np.zeros(size, bool)
+    scores = np.zeros(size, bool)
     kv_lens, ends = np.zeros(size, np.int32), np.full(size + 1, sum(counts), np.int32)
     ends[0] = 0
     ends[1 : count + 1] = np.cumsum(counts)
     slots[:count] = [sequence.slot for sequence in sequences]
     kv_lens[:count] = [sequence.stop for sequence in sequences]
     samples[:count] = [sequence.samples for sequence in sequences]
+    scores[:count] = [each.reads and each.request.scores_prompt for each in sequences]
     table, adapters = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
     adapters[:count] = [sequence.request.adapter_id for sequence in sequences]
     for row, sequence in zip(table, sequences, strict=False):
         row[: len(sequence.pages)] = sequence.pages
     tokens = bucket_of("tokens", sum(counts), buckets.tokens)
     decodes = not mixed and max(counts, default=1) == 1
-    return Step(slots, kv_lens, ends, samples, table, tokens, decodes, adapters)
+    return Step(slots, kv_lens, ends, samples, table, tokens, decodes, adapters, scores)
 
 
 @functools.partial(
@@ -211,7 +216,8 @@ def run_step(
         tokens=step.tokens,
         max_query_length=1 if step.decodes else None,
     )
-    ids = state.tokens[jnp.maximum(step.slots, 0)[plan.owners], plan.positions[:, 0]]
+    slots, places = jnp.maximum(step.slots, 0)[plan.owners], plan.positions[:, 0]
+    ids = state.tokens[slots, places]
     adapters = jnp.zeros_like(step.slots) if step.adapters is None else step.adapters
     hidden, aux = hidden_states(
         low_rank_bank.choose(params, adapters[plan.owners][:, None]),
@@ -221,9 +227,18 @@ def run_step(
         cache=dataclasses.replace(state.cache, plan=plan),
         segment_ids=plan.valid.astype(jnp.int32),
     )
-    last = hidden[jnp.maximum(plan.cu_q_lens[1:] - 1, 0)]
-    scores = logits(low_rank_bank.choose(params, adapters[:, None]), last, config, runtime)[:, 0]
+
+    def head(rows: Array, numbers: Array) -> Array:
+        chosen = low_rank_bank.choose(params, numbers[:, None])
+        return logits(chosen, rows[:, None], config, runtime)[:, 0]
+
+    scores = head(hidden[jnp.maximum(plan.cu_q_lens[1:] - 1, 0), 0], adapters)
     sampled = sample(scores, _rows(state, step.slots, plan.kv_lens), variant, grammar)
+    if variant.reads:
+        following = state.tokens[slots, jnp.minimum(places + 1, state.tokens.shape[1] - 1)]
+        tokens = (hidden[:, 0], following, adapters[plan.owners])
+        read = read_prompts(tokens, plan, step.scores, head, variant)
+        sampled = dataclasses.replace(sampled, read=read)
     state = dataclasses.replace(state, cache=aux["cache"])
     return _written(state, step, sampled.tokens), sampled
 

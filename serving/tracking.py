@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from serving.grammar import Compiling, Matcher
 from serving.outputs import Answer, Output, TokenLogprob
-from serving.request import Request
+from serving.prompt_out import Pooling, PromptOut
+from serving.request import Kind, Request, State
 from serving.sampling_settings import Settings
 from serving.stats import Histogram, Times
 from serving.text_out import Piece, TextOut
@@ -20,7 +22,8 @@ from serving.text_out import Piece, TextOut
 class Track:
     """A sequence that is being answered.
 
-    row: its sampling settings. text: None without a tokenizer. num_sent: tokens given back so far.
+    row: its sampling settings. text: None without a tokenizer. prompt: what it is told of its
+    prompt, if it asks. num_sent: tokens given back so far.
     compiling, matcher: the grammar that it keeps to, and its place in it once that is compiled.
     """
 
@@ -29,10 +32,16 @@ class Track:
     row: Settings
     text: TextOut | None
     times: Times
+    pooling: Pooling = "mean"
+    prompt: PromptOut | None = field(init=False)
     num_sent: int = 0
     compiling: Compiling | None = None
     matcher: Matcher | None = None
     _logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.prompt = PromptOut(len(request.prompt)) if request.reads_prompt else None
 
     @property
     def grammar_param(self) -> str:
@@ -46,7 +55,7 @@ class Track:
         """
         wanted = self.request.params.logprobs
         if logprob is not None and wanted is not None:
-            self._logprobs.append(dataclasses.replace(logprob, top=logprob.top[:wanted]))
+            self._logprobs.append(logprob.cut(wanted))
         return Piece() if self.text is None else self.text.take(self.request)
 
     def output(self, text: str) -> Output:
@@ -56,7 +65,7 @@ class Track:
             # A stop string leaves out what was sampled after it.
             stop = self.text.num_tokens
         tokens = tuple(request.output[self.num_sent : stop])
-        self.num_sent += len(tokens)
+        is_first, self.num_sent = not self.num_sent, self.num_sent + len(tokens)
         logprobs, self._logprobs = tuple(self._logprobs[: len(tokens)]), []
         return Output(
             request_id=self.answer.request_id,
@@ -69,7 +78,18 @@ class Track:
             prompt_tokens=len(request.prompt),
             cached_tokens=request.num_cached_tokens or 0,
             completion_tokens=self.num_sent,
+            prompt_logprobs=self._of_prompt() if is_first else None,
+            vector=self._vector(),
         )
+
+    def _of_prompt(self) -> tuple[TokenLogprob, ...] | None:
+        if self.prompt is None or not self.request.scores_prompt:
+            return None
+        return self.prompt.logprobs(self.request.params.logprobs or 0)
+
+    def _vector(self) -> np.ndarray | None:
+        asked = self.request.kind is Kind.EMBED and self.request.state is State.FINISHED_STOP
+        return self.prompt.vector(self.pooling) if self.prompt is not None and asked else None
 
     def note_end(self, now: float, into: Mapping[str, Histogram]) -> None:
         """Count the sequence, which has ended."""

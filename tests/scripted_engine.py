@@ -23,7 +23,7 @@ import uvicorn
 from data.chat import ChatTemplate
 from data.tokenizers import ByteTokenizer
 from serving.outputs import Answer, EngineStoppedError, Output, TokenLogprob
-from serving.request import Request, State
+from serving.request import Kind, Request, State
 from serving.sampling_params import Limits, resolve, truncate
 from serving.scheduler import QueueFullError
 from serving.server import ServerSettings, create_app
@@ -87,7 +87,7 @@ class ScriptedEngine:
         self._refuses = True
         return not self._tasks
 
-    def submit(self, tokens, params, *, request_id=None, adapter=None):
+    def submit(self, tokens, params, *, request_id=None, adapter=None, kind=Kind.GENERATE):
         if self._refuses or self.failure is not None:
             raise EngineStoppedError("the engine is stopping and takes no more requests")
         if self.waiting >= self.most_waiting:
@@ -97,7 +97,7 @@ class ScriptedEngine:
         self.seen.append((prompt, params))
         self.asked.append(adapter)
         answer = Answer(request_id, params, self._abort, asyncio.get_running_loop())
-        works = [self._work(answer, prompt, params, c) for c in range(params.candidates)]
+        works = [self._work(answer, prompt, params, c, kind) for c in range(params.candidates)]
         self._tasks[answer] = [asyncio.ensure_future(work) for work in works]
         return answer
 
@@ -105,9 +105,10 @@ class ScriptedEngine:
         for task in self._tasks.get(answer, ()):
             task.cancel()
 
-    async def _work(self, answer, prompt, params, choice):
+    async def _work(self, answer, prompt, params, choice, kind):
+        ends = frozenset([257])
         request = Request(
-            answer.request_id, prompt, params, self.max_model_len, frozenset([257]), choice=choice
+            answer.request_id, prompt, params, self.max_model_len, ends, choice=choice, kind=kind
         )
         text = TextOut(self.tokenizer, params, prompt)
         self.waiting += 1
@@ -173,14 +174,24 @@ class ScriptedEngine:
             prompt_tokens=len(request.prompt),
             cached_tokens=1,
             completion_tokens=len(request.output),
+            prompt_logprobs=self._scores(request) if not sent else None,
+            vector=self._vector(request),
         )
 
-    def score(self, tokens, logprobs=0, *, adapter=None):
-        return [logprob(token, logprobs) for token in tokens[1:]]
+    def _scores(self, request):
+        if not request.scores_prompt:
+            return None
+        return tuple(logprob(token, request.params.logprobs or 0) for token in request.prompt[1:])
 
-    def embed(self, texts, *, adapter=None):
-        rows = [np.bincount(text, minlength=258)[:258] for text in texts]
-        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+    def _vector(self, request):
+        if request.kind is not Kind.EMBED:
+            return None
+        row = np.bincount(request.prompt, minlength=258)[:258]
+        return (row / np.linalg.norm(row)).astype(np.float32)
+
+    def reset_prefix_cache(self):
+        if self.running:
+            raise ValueError(f"the prefix cache cannot be emptied: {self.running} pages are in use")
 
     def stats(self):
         return SimpleNamespace(

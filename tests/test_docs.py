@@ -15,6 +15,7 @@ import pytest
 import data.__main__ as data_command
 import kernels_pallas.tuning.command_line as kernels_command
 import model.__main__ as model_command
+import serving.command_line as serve_command
 from data.show import read_run
 from model import ModelConfig, init
 from model.checkpoint import save
@@ -27,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "__init__"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", flags=re.DOTALL)
-COMMAND = re.compile(r"python (train\.py|-m \w+)((?: [^`\"#\n]*|\"[^\"\n]*\")*)")
+COMMAND = re.compile(r"python (train\.py|serve\.py|-m \w+)((?: [^`\"#\n]*|\"[^\"\n]*\")*)")
 NAMED_TEST = re.compile(r"`(tests/\w+\.py)::(\w+)`")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -63,6 +64,9 @@ def check_command(
     monkeypatch.chdir(ROOT)
     if program == "train.py":
         parse([re.sub(r"(\.py):checkpoints/.*", rf"\1:{checkpoint}", text) for text in arguments])
+    elif program == "serve.py":
+        if "--help" not in arguments:
+            assert serve_command.parse(arguments).checkpoint
     elif program == "-m model":
         for name in ("_import", "_export", "_check"):
             monkeypatch.setattr(model_command, name, lambda known: None)

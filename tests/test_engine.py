@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_engine import CONFIG, SETTINGS, TOKENIZER, checkpoint, engine_of, params_of
 
-from model import forward, generate, hidden_states, rules
+from model import forward, generate, rules
 from model.checkpoint import save
 from serving import Engine, EngineStoppedError, ParameterError, QueueFullError, SamplingParams
 from serving.device import prepared
@@ -202,15 +202,6 @@ def test_the_best_of_several_are_the_likeliest(engine):
     assert [one.choice for one in best.choices] == [0, 1]
     assert best.choices[0].logprobs is None
     assert best.completion_tokens == sum(len(one.token_ids) for one in drawn)
-
-
-def test_texts_become_vectors(engine):
-    texts = np.random.default_rng(6).integers(0, 256, (2, 20))
-    states = jax.jit(hidden_states, static_argnames="config")(params_of(), texts, CONFIG)[0]
-    states = np.asarray(states, np.float64)
-    for pooling, wanted in (("last", states[:, -1]), ("mean", states.mean(1))):
-        wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-        np.testing.assert_allclose(engine.embed(texts, pooling), wanted, atol=1e-5)
 
 
 def test_prefixes_are_shared_only_under_one_key(engine):

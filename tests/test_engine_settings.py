@@ -11,7 +11,6 @@ from serving import EngineSettings
 from serving.memory import GIB, Model, beside_pages, page_bytes
 from serving.settings import resolve_settings
 from serving.shapes import choose_shapes
-from serving.stats import Pulse
 
 
 def test_memory_is_counted_before_it_is_taken():
@@ -59,18 +58,3 @@ def test_few_programs_cover_every_step():
 def test_settings_name_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
         resolve_settings(dataclasses.replace(SETTINGS, **changes), CONFIG, "cpu")
-
-
-def test_a_line_says_what_happened_and_silence_that_nothing_did():
-    pulse, start = Pulse(), engine_of().stats()
-    later = dataclasses.replace(
-        start, generation_tokens=start.generation_tokens + 40, running=3, pages_free=5
-    )
-    assert pulse.line(100.0, lambda: start) is None
-    assert pulse.line(105.0, lambda: later) is None
-    line = pulse.line(110.0, lambda: later)
-    assert line is not None
-    assert line.startswith(
-        "0.0 prompt and 4.0 new tokens/s, 3 running, 0 waiting, pages 75% in use"
-    )
-    assert pulse.line(120.0, lambda: later) is None

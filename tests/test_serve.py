@@ -66,6 +66,10 @@ def test_scores_over_http_are_the_engines(running):
     assert shown["token_logprobs"][1:-1] == [each.logprob for each in engine.score(ids)]
     assert len(shown["tokens"]) == len(ids) + 1
     assert shown["token_logprobs"][-1] == max(shown["top_logprobs"][-1].values())
+    pair = {"input": [[ids[:5], ids[5:]]]}
+    (scored,) = post(url, "/v1/score", pair)[2]["data"]
+    assert scored["token_logprobs"] == shown["token_logprobs"][5:-1]
+    assert scored["logprob"] == pytest.approx(sum(scored["token_logprobs"]), rel=1e-9)
     vector = post(url, "/v1/embeddings", {"input": [ids]})[2]["data"][0]["embedding"]
     assert vector == engine.embed([ids])[0].tolist()
 

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("openai")
-from scripted_engine import ScriptedEngine, connect, post, read, serving
+from scripted_engine import TEMPLATE, ScriptedEngine, connect, post, read, serving
+
+from data.chat import ChatTemplate, encode_chat
+from data.tokenizers import ByteTokenizer
 
 from serving.server import ServerSettings, create_app
 
@@ -23,6 +26,7 @@ SCRIPT = {
 }
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 USER = [{"role": "user", "content": "Count"}]
+TOKENIZER = ByteTokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,8 @@ def test_models_tokens_and_versions_are_told(client, url):
     assert post(url, "/detokenize", {"tokens": told["tokens"]})[2] == {"prompt": "é<|eos|>"}
     chat = post(url, "/tokenize", {"messages": USER, "add_generation_prompt": False})[2]
     assert chat["count"] == len("0user: Count0")
+    rendered = encode_chat(TOKENIZER, ChatTemplate(TEMPLATE), USER, add_generation_prompt=False)
+    assert chat["tokens"] == rendered.tolist()
     assert read(url + "/tokenizer_info")[2]["eos_token"] == "<|eos|>"
     assert "version" in read(url + "/version")[2]
     assert read(url + "/openapi.json")[2]["info"]["title"] == "Sheaf"
@@ -248,3 +254,47 @@ def test_the_client_names_its_request_and_long_names_are_not_taken(url):
     assert post(url, "/v1/completions", body, **{"x-request-id": "r-1"})[1]["x-request-id"] == "r-1"
     given = post(url, "/v1/completions", body, **{"x-request-id": "x" * 999})[1]["x-request-id"]
     assert len(given) == 32
+
+
+def test_continuations_are_scored_after_their_contexts(client, url):
+    """The script says that every token has log-probability -1/8 and is the likeliest."""
+    body = {"input": [["Count", " to"], [[65, 66], [67]], ["Count ", "to"]]}
+    first, ids, spaced = post(url, "/v1/score", body)[2]["data"]
+    assert first == {
+        "object": "score", "index": 0, "logprob": -0.375, "tokens": list(b" to"),
+        "token_logprobs": [-0.125] * 3, "is_greedy": True,
+    }  # fmt: skip
+    assert (ids["tokens"], ids["logprob"]) == ([67], -0.125)
+    assert spaced["tokens"] == list(b" to")
+    usage = post(url, "/v1/score", body)[2]["usage"]
+    assert usage == {"prompt_tokens": 19, "total_tokens": 19}
+
+
+def test_the_prefix_cache_is_emptied_only_when_nothing_runs(running, url):
+    engine = running[1].engine
+    assert post(url, "/reset_prefix_cache", {})[2] == {"status": "empty"}
+    engine.running += 1
+    status, headers, told = post(url, "/reset_prefix_cache", {})
+    engine.running -= 1
+    assert (status, told["error"]["type"]) == (409, "conflict_error")
+    assert headers["retry-after"] == "1"
+    assert "x-should-retry" not in headers
+
+
+def test_pages_of_other_origins_may_call_only_if_told_so(url):
+    head = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    asks = urllib.request.Request(url + "/v1/completions", None, head, method="OPTIONS")
+    assert read(asks)[0] == 405
+    with serving(ScriptedEngine(), allowed_origins=("https://a.example",), api_keys=("k",)) as (
+        open_url,
+        _,
+    ):
+        asks = urllib.request.Request(open_url + "/v1/models", None, head, method="OPTIONS")
+        with urllib.request.urlopen(asks, timeout=20) as answer:
+            assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        asks = urllib.request.Request(
+            open_url + "/v1/models", None, {"Origin": "https://b.example"}
+        )
+        status, headers, _ = read(asks)
+        assert status == 401
+        assert "access-control-allow-origin" not in headers

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from data.chat import ChatTemplate
 from data.tokenizers import Tokenizer
-from serving.outputs import Answer, TokenLogprob
+from serving.outputs import Answer
+from serving.request import Kind
 from serving.sampling_params import Limits, SamplingParams
 
 
@@ -62,20 +63,15 @@ class Engine(Protocol):
         *,
         request_id: str | None = None,
         adapter: str | None = None,
+        kind: Kind = Kind.GENERATE,
     ) -> Answer:
-        """Queue a request; raises `ParameterError`, `QueueFullError`, `EngineStoppedError`, and
-        `ValueError` for what can never run.
+        """Queue a request for a text, a score or a vector; raises `ParameterError`,
+        `QueueFullError`, `EngineStoppedError`, and `ValueError` for what can never run.
         """
         ...
 
-    def score(
-        self, tokens: Sequence[int], logprobs: int = 0, *, adapter: str | None = None
-    ) -> Sequence[TokenLogprob]:
-        """Log-probabilities of the tokens of a text but the first; blocks."""
-        ...
-
-    def embed(self, texts: Sequence[Sequence[int]], *, adapter: str | None = None) -> Any:
-        """`float32[texts, d_model]`; blocks."""
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes; blocks. Raises `ValueError` while requests run."""
         ...
 
     def stats(self) -> Any:

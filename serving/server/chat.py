@@ -78,7 +78,7 @@ class Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The object that answers a request without stream."""
-        head = Head(self.job.id, "chat.completion", self._model)
+        head = Head(self.job.id, "chat.completion", self._model, self.service.fingerprint)
         choices = [self._choice(each) for each in await collect(self.job, self._usage)]
         return head(choices, usage=self._usage())
 
@@ -101,7 +101,7 @@ class Chat:
 
     async def events(self) -> Events:
         """The answer piece by piece."""
-        head = Head(self.job.id, "chat.completion.chunk", self._model)
+        head = Head(self.job.id, "chat.completion.chunk", self._model, self.service.fingerprint)
         running = Running.of(self._usage, self.body.stream_options)
         pieces = [Pieces(self._reader(), self._logprobs) for _ in range(self.job.n)]
         async with aclosing(self.job.deltas()) as deltas:

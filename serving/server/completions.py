@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
 
-from serving.outputs import TokenLogprob
 from serving.sampling_params import SamplingParams
 from serving.server.errors import JsonResponse
 from serving.server.generation import (
+    Choice,
     Events,
     Head,
     Running,
@@ -24,7 +22,7 @@ from serving.server.generation import (
     new_id,
     sampling,
 )
-from serving.server.job import Job
+from serving.server.job import Delta, Job
 from serving.server.logprobs import CompletionLogprobs
 from serving.server.logs import Note
 from serving.server.prompts import encode_prompts
@@ -32,7 +30,7 @@ from serving.server.schemas import CompletionRequest
 from serving.server.service import Service
 from serving.server.stream import PING, event, open_stream
 
-Logprobs = Callable[[Sequence[TokenLogprob]], dict[str, Any] | None]
+Logprobs = Callable[[Choice | Delta], dict[str, Any] | None]
 
 
 async def complete(service: Service, body: CompletionRequest, note: Note) -> Response:
@@ -44,7 +42,7 @@ async def complete(service: Service, body: CompletionRequest, note: Note) -> Res
         service.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens
     )
     job = make_job(service, prompts, params, new_id("cmpl"), adapter)
-    answer = Completion(service, body, params, job, await _scored(service, job, params))
+    answer = Completion(service, body, params, job)
     note.job = job
     job.start()
     if body.stream:
@@ -52,34 +50,18 @@ async def complete(service: Service, body: CompletionRequest, note: Note) -> Res
     return JsonResponse(await answer.whole())
 
 
-async def _scored(
-    service: Service, job: Job, params: SamplingParams
-) -> list[Sequence[TokenLogprob]]:
-    """Log-probabilities of the prompts' tokens but the first, where the answer shows them."""
-    if not params.echo or params.logprobs is None:
-        return []
-    score = functools.partial(service.engine.score, adapter=job.adapter)
-    return [
-        await asyncio.to_thread(score, prompt.tokens, params.logprobs) for prompt in job.prompts
-    ]
-
-
 @dataclass
 class Completion:
-    """The answer to one request.
-
-    scored: log-probabilities of each prompt's tokens but the first, where they are asked for.
-    """
+    """The answer to one request."""
 
     service: Service
     body: CompletionRequest
     params: SamplingParams
     job: Job
-    scored: Sequence[Sequence[TokenLogprob]]
 
     def __post_init__(self) -> None:
         model = self.body.model or self.service.names[0]
-        self._head = Head(self.job.id, "text_completion", model)
+        self._head = Head(self.job.id, "text_completion", model, self.service.fingerprint)
         self._usage = Usage(self.job)
 
     def prompts(self) -> list[str]:
@@ -97,12 +79,11 @@ class Completion:
         echoed = self.prompts() if self.params.echo else None
         choices = []
         for choice in await collect(self.job, self._usage):
-            logprobs = self._logprobs(choice.prompt)
             choices.append(
                 {
                     "index": choice.index,
                     "text": (echoed[choice.prompt] if echoed else "") + choice.text,
-                    "logprobs": logprobs(choice.logprobs),
+                    "logprobs": self._logprobs()(choice),
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,
                 }
@@ -122,14 +103,14 @@ class Completion:
                 self._usage.add(delta)
                 text = delta.text
                 if delta.index not in begun:
-                    begun[delta.index] = self._logprobs(delta.prompt)
+                    begun[delta.index] = self._logprobs()
                     text = (echoed[delta.prompt] if echoed else "") + text
                 elif not (text or delta.token_ids or delta.finish_reason):
                     continue
                 choice = {
                     "index": delta.index,
                     "text": text,
-                    "logprobs": begun[delta.index](delta.logprobs or ()),
+                    "logprobs": begun[delta.index](delta),
                     "finish_reason": delta.finish_reason,
                     "stop_reason": delta.stop_reason,
                 }
@@ -137,21 +118,18 @@ class Completion:
         if running.at_end:
             yield event(self._head([], usage=self._usage()))
 
-    def _logprobs(self, prompt: int) -> Logprobs:
+    def _logprobs(self) -> Logprobs:
         """What shows the log-probabilities of a choice, part by part; with `echo` first those of
         the prompt, whose first token has none.
         """
         if (top := self.params.logprobs) is None:
-            return lambda entries: None
+            return lambda part: None
         shown = CompletionLogprobs(self.service.texts, top, self.body.return_tokens_as_token_ids)
-        if not self.params.echo:
-            return shown
-        before: list[TokenLogprob] = list(self.scored[prompt])
-        first = [int(self.job.prompts[prompt].tokens[0])]
 
-        def with_prompt(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-            told = shown([*before, *entries], first.pop() if first else None)
-            before.clear()
-            return told
+        def show(part: Choice | Delta) -> dict[str, Any]:
+            first = None
+            if part.prompt_logprobs is not None:
+                first = int(self.job.prompts[part.prompt].tokens[0])
+            return shown([*(part.prompt_logprobs or ()), *(part.logprobs or ())], first)
 
-        return with_prompt
+        return show

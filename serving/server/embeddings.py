@@ -1,32 +1,32 @@
-"""`POST /v1/embeddings`: prompts to vectors, for engines that have them."""
+"""`POST /v1/embeddings`: prompts to vectors."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
 import numpy as np
 from starlette.responses import Response
 
+from serving.request import Kind
 from serving.server.errors import ApiError, JsonResponse
-from serving.server.prompts import encode_prompts
+from serving.server.generation import Usage, collect, new_id, prompt_job
+from serving.server.logs import Note
+from serving.server.prompts import check_lengths, encode_prompts
 from serving.server.schemas import EmbeddingRequest
 from serving.server.service import Service
 
 
-async def embed(service: Service, body: EmbeddingRequest) -> Response:
+async def embed(service: Service, body: EmbeddingRequest, note: Note) -> Response:
     """Answer a request."""
     service.check_ready()
     adapter = service.check_model(body.model)
-    engine = service.engine
     prompts = await encode_prompts(service.tokenizer, body.input, param="input")
-    _check_lengths(prompts, engine.limits.max_model_len)
-    try:
-        found = await asyncio.to_thread(engine.embed, prompts, adapter=adapter)
-        vectors = np.asarray(found, np.float32)
-    except NotImplementedError as error:
-        raise ApiError(501, "this engine has no embeddings") from error
+    check_lengths(prompts, service.engine.limits.max_model_len)
+    note.job = job = prompt_job(service, prompts, Kind.EMBED, new_id("embd"), adapter)
+    job.start()
+    choices = await collect(job, Usage(job))
+    vectors = np.stack([np.asarray(choice.vector, np.float32) for choice in choices])
     vectors = shortened(vectors, body.dimensions)
     count = sum(map(len, prompts))
     data = [
@@ -48,12 +48,6 @@ def shortened(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
     kept = vectors[:, :dimensions]
     norms = np.linalg.norm(kept, axis=1, keepdims=True)
     return kept / np.maximum(norms, np.finfo(np.float32).tiny)
-
-
-def _check_lengths(prompts: list[list[int]], longest: int) -> None:
-    if (length := max(map(len, prompts))) > longest:
-        message = f"input has a text of {length} tokens; it must have at most {longest}"
-        raise ApiError(400, message, param="input", code="context_length_exceeded")
 
 
 def _written(vector: np.ndarray, body: EmbeddingRequest) -> Any:

@@ -19,21 +19,22 @@ TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    409: "conflict_error",
     429: "rate_limit_error",
-    501: "not_implemented_error",
 }
 CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
     404: "not_found",
     405: "method_not_allowed",
+    409: "conflict",
     413: "request_too_large",
     429: "rate_limit_exceeded",
     500: "server_error",
-    501: "not_implemented",
     503: "service_unavailable",
 }
-PROMPTS = ("prompt", "input")
+TEXTS = "a text, a list of texts, a list of ids, or a list of lists of ids"
+PROMPTS = {"prompt": TEXTS, "input": f"{TEXTS}; for a score, pairs of texts or of lists of ids"}
 
 
 class ApiError(Exception):
@@ -71,7 +72,7 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(math.ceil(self.retry_after), 1))
-        if self.status == 501 or (self.status < 500 and self.status not in (408, 429)):
+        if self.status < 500 and self.status not in (408, 409, 429):
             headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -123,9 +124,8 @@ def internal_error() -> ApiError:
 def _of_validation(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if (field := next((part for part in first["loc"] if part in PROMPTS), None)) is not None:
-        what = "a text, a list of texts, a list of ids, or a list of lists of ids"
         said = "is missing" if first["type"] == "missing" else "is none of what it may be"
-        return ApiError(400, f"{field} {said}; it must be {what}", param=str(field))
+        return ApiError(400, f"{field} {said}; it must be {PROMPTS[field]}", param=str(field))
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")

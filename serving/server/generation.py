@@ -11,9 +11,18 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from serving.fields import from_fields
 from serving.outputs import TokenLogprob
-from serving.sampling_params import LEAST_TEMPERATURE, SamplingParams, resolve, truncate
+from serving.request import Kind
+from serving.sampling_params import (
+    LEAST_TEMPERATURE,
+    PROMPT_ONLY,
+    SamplingParams,
+    resolve,
+    truncate,
+)
 from serving.server.errors import ApiError
 from serving.server.job import Delta, Job, Prompt
 from serving.server.schemas import ChatRequest, CompletionRequest, Generation, StreamOptions
@@ -65,18 +74,33 @@ def make_job(
 ) -> Job:
     """The work on prompts. Raises `ParameterError` for what the model or engine does not allow."""
     wanted = len(prompts) * max(params.n, params.candidates)
-    most = service.settings.max_answers
-    if wanted > most:
-        message = (
-            f"the request asks for {wanted} answers, prompts times n; it must be at most {most}"
-        )
-        raise ApiError(400, message, param="n")
+    _check_answers(service, wanted, "n")
     limits = service.engine.limits
     work = []
     for ids in prompts:
         kept = truncate(ids, params, limits)
         work.append(Prompt(kept, resolve(params, len(kept), limits)))
     return Job(service, work, id, adapter)
+
+
+def prompt_job(
+    service: Service,
+    prompts: Sequence[Sequence[int]],
+    kind: Kind,
+    id: str,
+    adapter: str | None = None,
+) -> Job:
+    """The work on prompts of which a score or a vector is wanted, nothing drawn."""
+    _check_answers(service, len(prompts), "input")
+    return Job(service, [Prompt(ids, PROMPT_ONLY, kind) for ids in prompts], id, adapter)
+
+
+def _check_answers(service: Service, wanted: int, param: str) -> None:
+    if wanted > (most := service.settings.max_answers):
+        message = (
+            f"the request asks for {wanted} answers, prompts times n; it must be at most {most}"
+        )
+        raise ApiError(400, message, param=param)
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,7 @@ class Head:
     id: str
     object: str
     model: str
+    fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __call__(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -95,6 +120,7 @@ class Head:
             "object": self.object,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
             "choices": choices,
             **more,
         }
@@ -159,6 +185,8 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: Sequence[TokenLogprob] | None = None
+    vector: np.ndarray | None = None
 
 
 async def collect(job: Job, usage: Usage) -> list[Choice]:
@@ -175,6 +203,9 @@ async def collect(job: Job, usage: Usage) -> list[Choice]:
             choice.logprobs += delta.logprobs or ()
             choice.finish_reason = delta.finish_reason
             choice.stop_reason = delta.stop_reason
+            choice.vector = delta.vector
+            if delta.prompt_logprobs is not None:
+                choice.prompt_logprobs = delta.prompt_logprobs
     for choice, parts in zip(found, texts, strict=True):
         choice.text = "".join(parts)
     return found

@@ -11,8 +11,11 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from serving.checks import ParameterError
 from serving.outputs import Answer, EngineStoppedError, Output, TokenLogprob
+from serving.request import Kind
 from serving.sampling_params import SamplingParams
 from serving.scheduler import QueueFullError
 from serving.server.errors import ApiError
@@ -23,17 +26,19 @@ ENDED, QUIET = object(), object()
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's ids and what to do with them: resolved parameters."""
+    """A prompt's ids and what to do with them: parameters, and what is wanted."""
 
     tokens: Sequence[int]
     params: SamplingParams
+    kind: Kind = Kind.GENERATE
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What one choice gained; `index` counts the choices of all prompts.
 
-    finish_reason: in a choice's last delta.
+    finish_reason: in a choice's last delta. prompt_logprobs: in its first, where asked for.
+    vector: of a request for one.
     """
 
     index: int
@@ -44,6 +49,8 @@ class Delta:
     finish_reason: str | None
     stop_reason: str | int | None
     cached_tokens: int
+    prompt_logprobs: Sequence[TokenLogprob] | None = None
+    vector: np.ndarray | None = None
 
 
 class Job:
@@ -84,6 +91,7 @@ class Job:
                     prompt.params,
                     request_id=f"{self.id}-{number}",
                     adapter=self.adapter,
+                    kind=prompt.kind,
                 )
                 self._answers.append(answer)
         except Exception as error:
@@ -172,6 +180,8 @@ class Job:
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
             cached_tokens=output.cached_tokens,
+            prompt_logprobs=output.prompt_logprobs,
+            vector=output.vector,
         )
 
     def _refusal(self, error: Exception) -> Exception:

@@ -24,6 +24,7 @@ GAUGES = {
         "kv_cache_usage",
         "Fraction of pages in use, 0 to 1; cached ones that nobody holds are free.",
     ),
+    "cache_bytes_per_token": ("cache_bytes_per_token", "Bytes of a token's keys and values."),
 }
 COUNTERS = {
     "num_preemptions": ("preemptions", "Answers that lost their pages for a while."),

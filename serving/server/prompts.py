@@ -71,6 +71,13 @@ def check_ids(tokenizer: Tokenizer, ids: Sequence[int], param: str) -> list[int]
     return list(ids)
 
 
+def check_lengths(texts: Sequence[Sequence[int]], longest: int) -> None:
+    """Raise the error of an `input` that is longer than the model's context."""
+    if (length := max(map(len, texts))) > longest:
+        message = f"input has a text of {length} tokens; it must have at most {longest}"
+        raise ApiError(400, message, param="input", code="context_length_exceeded")
+
+
 async def encode_messages(
     tokenizer: Tokenizer,
     template: ChatTemplate | None,

@@ -155,6 +155,13 @@ class EmbeddingRequest(Body):
     user: str | None = None
 
 
+class ScoreRequest(Body):
+    """`POST /v1/score`: pairs of a context and what may continue it, both texts or both ids."""
+
+    input: list[tuple[str | list[TokenId], str | list[TokenId]]] = Field(min_length=1)
+    user: str | None = None
+
+
 class TokenizeRequest(Body):
     """`POST /tokenize`: a prompt, or the messages of a chat."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import logging
 import time
 from collections import deque
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 LONGEST_RETRY_S, UNREADY_RETRY_S = 120.0, 5.0
 RECENT = 64
 logger = logging.getLogger("sheaf.server")
+
+
+def version() -> str:
+    """The installed package's version."""
+    try:
+        return importlib.metadata.version("sheaf")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 @dataclass(eq=False)
@@ -49,6 +58,11 @@ class Service:
         self.texts = TokenTexts(self.tokenizer)
         self.metrics = Metrics(self.engine, self.settings.metrics_prefix)
         self._idle.set()
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what computes the answers: this program's version."""
+        return f"sheaf-{version()}"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,11 +16,12 @@ class ServerSettings:
     host, port: the address; port 0 takes a free one.
     api_keys: one of them must come with every request; none lets everybody in.
     open_metrics: `/metrics` needs no key.
+    allowed_origins: pages of these origins may call the server from browsers; "*" is all.
     served_names: names that requests may call the model by; none is the engine's own.
     checkpoint_defaults: fields that requests leave out come from the checkpoint, where it has them.
     tool_parser: how the model writes tool calls, one of `TOOL_PARSERS`.
     max_body_bytes: largest body of a request.
-    max_answers: most answers to one request, prompts times choices.
+    max_answers: most answers to one request, prompts times choices; texts to score or embed too.
     drain_timeout_s: how long requests may go on after SIGTERM.
     ping_s: seconds without an event after which a stream gets a comment.
     keep_alive_s: seconds that a connection without requests stays open.
@@ -33,6 +34,7 @@ class ServerSettings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     open_metrics: bool = False
+    allowed_origins: tuple[str, ...] = ()
     served_names: tuple[str, ...] = ()
     checkpoint_defaults: bool = True
     tool_parser: str = "hermes"
