@@ -14,7 +14,6 @@ from scripted_engine import TEMPLATE, ScriptedEngine, connect, post, read, servi
 
 from data.chat import ChatTemplate, encode_chat
 from data.tokenizers import ByteTokenizer
-
 from serving.server import ServerSettings, create_app
 
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
