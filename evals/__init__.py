@@ -9,6 +9,7 @@ in this process, or a server.
 from evals.backends import Backend, InProcess, Remote
 from evals.comparing import Compared, compare_folders
 from evals.evaluation import evaluate
+from evals.execution import Sandboxed
 from evals.registry import TASKS, build
 from evals.runner import Options, TaskResult
 from evals.scoring import Scorer
@@ -55,6 +56,7 @@ __all__ = [
     "Remote",
     "Rolling",
     "RollingScored",
+    "Sandboxed",
     "Scored",
     "Scorer",
     "Store",

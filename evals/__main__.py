@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         help="the first of the split, or random ones for each question")  # fmt: skip
     add("--seed", type=int, default=0, help="of all that is random (default: 0)")
     add("--chat", action="store_true", help="ask in messages, by the chat template")
+    add("--allow-weaker-sandbox", action="store_true",
+        help="run programs although this machine cannot isolate them fully")  # fmt: skip
     add("--dtype", help="of activations (default: float32 on a CPU, else bfloat16)")
     add("--max-length", type=int, help="most tokens at once (default: the model's)")
     add("--token-budget", type=int, help="tokens of a batch of scoring")
@@ -99,17 +101,20 @@ def _listed(text: str) -> list[str]:
 def _run(known: argparse.Namespace, settings: dict[str, str]) -> None:
     from evals.comparing import summary
     from evals.evaluation import evaluate
+    from evals.execution import Sandboxed
     from evals.runner import Options
 
     options = Options(known.seed, known.limit, known.shots, known.shots_from, known.chat)
     names = ("dtype", "max_length", "token_budget")
     given: dict[str, Any] = {name: getattr(known, name) for name in names}
+    weaker = known.allow_weaker_sandbox
     found = evaluate(
         known.models,
         known.tasks,
         out=known.out,
         settings=settings,
         options=options,
+        roles={"sandbox": Sandboxed(allow_weaker=True)} if weaker else None,
         layout=_layout(known),
         api_key=os.environ.get(KEY_VARIABLE),
         say=lambda line: print(line, file=sys.stderr, flush=True),

@@ -5,6 +5,7 @@ results = evaluate("runs/quickstart", ["perplexity"], out="out", settings={"perp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from evals import results
 from evals.backends import Backend, InProcess, Remote
+from evals.execution import Sandboxed
 from evals.progress import Progress
 from evals.registry import build
 from evals.runner import Counts, Options, run
@@ -46,7 +48,8 @@ def evaluate(
         out: a folder; what was computed there before is not computed again.
         settings: of named tasks, `{"perplexity.path": "held_out.jsonl"}`.
         options: seed, limit, shots.
-        roles: who answers as judge, embedder or sandbox.
+        roles: who answers as judge, embedder or sandbox; without one, programs run in a
+            `Sandboxed` of its own.
         layout: mesh and tables for checkpoints. api_key: for servers.
         say: takes lines of progress; None is silent.
         model_options: of `InProcess`: dtype, max_length, token_budget, engine.
@@ -62,12 +65,15 @@ def evaluate(
     single = isinstance(models, str | Path) or not isinstance(models, Sequence)
     given: Sequence[Model] = [models] if single else list(models)  # type: ignore[list-item]
     found: dict[str, results.Results] = {}
-    with Store(out) as store:
+    roles = roles or {}
+    with Store(out) as store, contextlib.closing(Sandboxed()) as sandbox:
         for model in given:
             backend = _open(model, store, layout, api_key, model_options)
             try:
                 name = _name(backend.name, found)
-                found[name] = _one(backend, name, built, store, options, roles or {}, out, say)
+                found[name] = _one(
+                    backend, name, built, store, options, {"sandbox": sandbox, **roles}, out, say
+                )
             finally:
                 if backend is not model:
                     backend.close()

@@ -17,10 +17,12 @@ from evals.tasks.classification import polarity, trec
 from evals.tasks.cloze import cloze
 from evals.tasks.exact_match import exact_match
 from evals.tasks.gsm8k import gsm8k
+from evals.tasks.humaneval import humaneval
 from evals.tasks.iq_patterns import full_repeat, head_slicing, head_tail
 from evals.tasks.iq_retrieval import key_retrieval, one_fact, two_facts
 from evals.tasks.iq_rules import counting, string_replacement
 from evals.tasks.iq_symbols import symbol_polarity, symbol_trec
+from evals.tasks.mbpp import mbpp
 from evals.tasks.multiple_choice import multiple_choice
 from evals.tasks.needle import needle
 from evals.tasks.perplexity import perplexity
@@ -32,6 +34,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "cloze": cloze,
     "exact_match": exact_match,
     "gsm8k": gsm8k,
+    "humaneval": humaneval,
     "iq_counting": counting,
     "iq_full_repeat": full_repeat,
     "iq_head_slicing": head_slicing,
@@ -42,6 +45,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "iq_symbol_polarity": symbol_polarity,
     "iq_symbol_trec": symbol_trec,
     "iq_two_facts": two_facts,
+    "mbpp": mbpp,
     "multiple_choice": multiple_choice,
     "needle": needle,
     "perplexity": perplexity,

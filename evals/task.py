@@ -172,12 +172,15 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Executed:
-    """Of an `Execute`: `passed`, or how it failed; what it wrote; how long it took."""
+    """Of an `Execute`: `passed`, or how it failed; what it wrote; how long it took; walls that
+    the sandbox lacked.
+    """
 
     status: str
     stdout: str = ""
     stderr: str = ""
     seconds: float = 0.0
+    weaker: tuple[str, ...] = ()
 
 
 Request = Loglikelihood | Rolling | Generate | Hidden | Embed | Execute
