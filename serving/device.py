@@ -154,12 +154,12 @@ class Device:
         if shape not in self._ready:
             self._ready.add(shape)
             self.compilations[phase] += 1
-        model = self.model
+        model, masked = self.model, (self._shapes.full, self._shapes.reads)
         self._state, sampled = run_step(
             model.params,
             self._state,
             step,
-            self._mask(step, masks) if variant == self._shapes.full else None,
+            self._mask(step, masks) if variant in masked else None,
             config=model.config,
             runtime=model.runtime,
             variant=variant,

@@ -250,7 +250,7 @@ def connect(url, **options):
     """OpenAI's client of a server."""
     import openai
 
-    options = {"api_key": "any", "max_retries": 0, "timeout": 20.0} | options
+    options = {"api_key": "any", "max_retries": 0, "timeout": 120.0} | options
     return openai.OpenAI(base_url=f"{url}/v1", **options)
 
 
