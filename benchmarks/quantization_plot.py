@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def draw(rows: Sequence[Row], out: Path, title: str = "") -> Path:
         _line(above, below, base, frontier(means(own)), {**look, "label": name, "linestyle": style})
     ends = [point(row).held + sign * point(row).error for row in found for sign in (-1, 1)]
     _axes(above, below, base, ends)
-    above.set_title(title)
+    above.set_title(textwrap.fill(title, 76), fontsize=9)
     figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", title="method")
     figure.savefig(out, dpi=150)
     return out
