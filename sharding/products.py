@@ -72,9 +72,11 @@ def _may_be_split(x: Array, weight: Any, axes: Axes, layout: Layout) -> bool:
     outputs`.
     """
     by_row, by_input = separable(weight)
+    if not by_row:
+        return False
     pieces = [1 if axis is None else layout.size(axis) for axis in axes]
     sizes, units = (*x.shape[:-1], *weight.shape), (1, 1, *split_units(weight))
     divided = all(
         n == 1 or size % (unit * n) == 0 for size, unit, n in zip(sizes, units, pieces, strict=True)
     )
-    return divided and by_row and (by_input or pieces[2] == 1)
+    return divided and (by_input or pieces[2] == 1)
