@@ -26,17 +26,25 @@ for name, value in flags.items():
 
 
 def pytest_addoption(parser):
-    text = "of each test with many cases run the first alone, to see that it runs on other versions"
-    parser.addoption("--one-case", action="store_true", help=text)
+    text = (
+        "of each file run so many tests, and of each test its first case: to see that all parts run"
+    )
+    parser.addoption("--sample", type=int, metavar="N", help=text)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave the further cases of a test out, if asked to."""
-    if config.getoption("--one-case"):
-        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-        left_out = [item for item in items if first[item.nodeid.partition("[")[0]] is not item]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if first[item.nodeid.partition("[")[0]] is item]
+    """Leave out what a sample does not ask for."""
+    count = config.getoption("--sample")
+    if count is None:
+        return
+    kept: dict[str, dict[str, pytest.Item]] = {}
+    for item in items:
+        tests = kept.setdefault(item.nodeid.partition("::")[0], {})
+        if len(tests) < count:
+            tests.setdefault(item.nodeid.partition("[")[0], item)
+    sample = {id(item) for tests in kept.values() for item in tests.values()}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in sample])
+    items[:] = [item for item in items if id(item) in sample]
 
 
 MOST_MAPPINGS = 20_000
