@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ GROUPED = jax.jit(grouped.quantize, static_argnames=("bits", "group"))
 INT8 = jax.jit(int8.quantize)
 
 
+class Mixed(NamedTuple):
+    params: Any
+    dense: Any
+
+
 def quantized(config, *formats):
     """A model whose layers have kernels in these formats, and the same in plain arrays."""
     source, work = InMemory(config, init(config, jax.random.key(0))), Work(config)
@@ -45,8 +51,11 @@ def quantized(config, *formats):
     return params, {**params, "layers": {f"000-{config.num_layers:03d}": whole}}
 
 
-IN_GROUPS = functools.partial(GROUPED, bits=8, group=32)
-PARAMS, DENSE = quantized(CONFIG, IN_GROUPS, IN_GROUPS, INT8)
+@pytest.fixture(scope="module")
+def mixed():
+    """Two layers in groups and one of 8 bits, and the same in plain arrays."""
+    in_groups = functools.partial(GROUPED, bits=8, group=32)
+    return Mixed(*quantized(CONFIG, in_groups, in_groups, INT8))
 
 
 def logits(params, runtime=None, config=CONFIG):
@@ -59,45 +68,45 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_layers_of_another_format_run_and_generate_as_the_arrays_they_stand_for():
-    assert list(PARAMS["layers"]) == ["000-002", "002-003"]
-    np.testing.assert_allclose(logits(PARAMS), logits(DENSE), rtol=1e-4, atol=1e-5)
+def test_layers_of_another_format_run_and_generate_as_the_arrays_they_stand_for(mixed):
+    assert list(mixed.params["layers"]) == ["000-002", "002-003"]
+    np.testing.assert_allclose(logits(mixed.params), logits(mixed.dense), rtol=1e-4, atol=1e-5)
     made, expected = (
         generate(params, [[1, 2, 3]], CONFIG, max_new_tokens=5).lists()
-        for params in (PARAMS, DENSE)
+        for params in (mixed.params, mixed.dense)
     )
     assert made == expected
 
 
-def test_they_are_saved_and_read_whole_on_a_mesh_and_layer_by_layer(tmp_path):
-    folder = save(tmp_path / "mixed", CONFIG, PARAMS)
-    equal(load(folder).params, PARAMS)
+def test_they_are_saved_and_read_whole_on_a_mesh_and_layer_by_layer(mixed, tmp_path):
+    folder = save(tmp_path / "mixed", CONFIG, mixed.params)
+    equal(load(folder).params, mixed.params)
     layout = make_layout(make_mesh(MeshConfig(data=4, tensor=2)))
     split = load(folder, layout).params
-    equal(split, PARAMS)
+    equal(split, mixed.params)
     found = logits(split, Runtime(layout=layout))
-    np.testing.assert_allclose(found, logits(DENSE), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, logits(mixed.dense), rtol=1e-4, atol=1e-5)
     rows = np.asarray(TOKENS)
-    expected = perplexity(InMemory(CONFIG, DENSE), rows)
+    expected = perplexity(InMemory(CONFIG, mixed.dense), rows)
     assert perplexity(Folder(folder), rows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_they_are_exported_layer_by_layer(tmp_path):
-    folder = save(tmp_path / "mixed", CONFIG, PARAMS)
+def test_they_are_exported_layer_by_layer(mixed, tmp_path):
+    folder = save(tmp_path / "mixed", CONFIG, mixed.params)
     there = export_checkpoint(folder, tmp_path / "exported", family="llama")
     again = import_checkpoint(there).params
-    assert jax.tree.structure(again) == jax.tree.structure(DENSE)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), again, DENSE)
+    assert jax.tree.structure(again) == jax.tree.structure(mixed.dense)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), again, mixed.dense)
 
 
-def test_adapters_stand_beside_them_and_travel_alone(tmp_path):
+def test_adapters_stand_beside_them_and_travel_alone(mixed, tmp_path):
     adapted = map_with_path(
         lambda _, leaf: dataclasses.replace(leaf, b=leaf.b + 0.1) if hasattr(leaf, "b") else leaf,
-        attach(PARAMS, LoRA(rank=2, targets="query|down")),
+        attach(mixed.params, LoRA(rank=2, targets="query|down")),
     )
     save_peft(tmp_path / "adapter", CONFIG, adapted)
-    equal(load_peft(tmp_path / "adapter", CONFIG, PARAMS), adapted)
-    over_dense = load_peft(tmp_path / "adapter", CONFIG, DENSE)
+    equal(load_peft(tmp_path / "adapter", CONFIG, mixed.params), adapted)
+    over_dense = load_peft(tmp_path / "adapter", CONFIG, mixed.dense)
     np.testing.assert_allclose(logits(over_dense), logits(adapted), rtol=1e-4, atol=1e-5)
 
 
@@ -118,7 +127,7 @@ def test_they_are_trained_with_adapters(tmp_path):
     assert all(np.abs(part["b"]).max() > 0 for part in adapters(trained).values())
 
 
-def test_stacks_that_do_not_hold_the_layers_once_are_refused_by_name(tmp_path):
+def test_stacks_that_do_not_hold_the_layers_once_are_refused_by_name(mixed, tmp_path):
     unlike = dataclasses.replace(CONFIG, layer_overrides=((1, "sliding_window", 4),))
     each = ["000-001", "001-002", "002-003"]
     assert [s.name for s in segments_of({"layers": dict.fromkeys(each)}, unlike)] == each
@@ -130,7 +139,7 @@ def test_stacks_that_do_not_hold_the_layers_once_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"stacked as {', '.join(names)}; this config has"):
             segments_of({"layers": dict.fromkeys(names)}, unlike)
-    folder = save(tmp_path / "mixed", CONFIG, PARAMS)
+    folder = save(tmp_path / "mixed", CONFIG, mixed.params)
     description = read_json(folder / MODEL)
     description["config"]["num_layers"] = 4
     write_json(folder / MODEL, description)
