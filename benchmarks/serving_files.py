@@ -46,7 +46,7 @@ def prepare(folder: Path, llama_python: str | None) -> Files:
     from model.families.exporter import export_checkpoint
 
     text = source_text()
-    config = dataclasses.replace(model_config(), max_length=LENGTH)
+    config = dataclasses.replace(model_config(folder), max_length=LENGTH)
     tokenizer = FileTokenizer.train([text], config.vocab_size)
     params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
     params["head"]["kernel"] = params["head"]["kernel"] * plain_tokens(tokenizer)
