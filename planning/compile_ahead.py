@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kernels_pallas.tpu_topology import without_cache
+from kernels_pallas.tpu_topology import why_not, without_cache
 from model import Runtime, count_parameters, init, rules
 from planning.collectives import COLLECTIVES, ring_bandwidth, send
 from planning.hardware import HARDWARE, Hardware
@@ -37,8 +37,6 @@ from weights import nearest
 
 NAMES = {"v4": "tpu-v4", "v5e": "tpu-v5e", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "tpu7x": "tpu-7x"}
 """Generation in a topology's name -> row of the hardware table."""
-DEVICES_PER_CHIP = {"tpu7x": 2}
-"""Where JAX shows more than one device a chip; it also does on v4 without megacore."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,8 @@ def described_devices(topology: Topology) -> list[Any]:
     """
     from jax.experimental import topologies
 
+    if (reason := why_not()) is not None:
+        raise ValueError(f"topology {topology.name}: {reason}, or install Sheaf with [tpu]")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
