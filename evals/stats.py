@@ -171,7 +171,8 @@ class Comparison:
     """Two models on the same items: `second - first`.
 
     p: two-sided; McNemar's exact test where scores are zeros and ones, else from the paired
-    bootstrap. better, worse: items on which the second scored higher, lower.
+    bootstrap, and at least 2^(1 - n) of n items or clusters: less than n signs can tell. low, high:
+    95 %; nan of a single item. better, worse: items on which the second scored higher, lower.
     """
 
     first: float
@@ -205,8 +206,11 @@ def compare(
     binary = clusters is None and bool(np.isin(np.concatenate([a, b]), (0.0, 1.0)).all())
     drawn = paired_draws(gaps, labels, draws, seed)
     se = clustered(gaps, labels).se if clusters is not None else standard_error(gaps)
-    p = mcnemar(better, worse) if binary else _two_sided(drawn)
+    groups = len(np.unique(labels))
+    p = mcnemar(better, worse) if binary else max(_two_sided(drawn), 2.0 ** (1 - groups))
     low, high = (float(end) for end in np.quantile(drawn, (0.025, 0.975)))
+    if groups == 1:
+        low = high = math.nan
     method = "paired, exact McNemar" if binary else "paired bootstrap"
     return Comparison(
         float(a.mean()), float(b.mean()), float(gaps.mean()), se, low, high, p, better, worse,

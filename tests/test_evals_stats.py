@@ -209,3 +209,10 @@ def test_strengths_of_models_from_verdicts(pandalm, verdicts, strengths):
         wins[two, one] += 1 - share
     found = np.log(metrics.bradley_terry(wins))
     assert found == pytest.approx(list(strengths.values()), abs=5e-5)
+
+
+def test_a_bootstrap_of_few_items_claims_no_more_than_their_signs():
+    one = stats.compare([1.4], [1.5])
+    assert one.p == 1.0
+    assert np.isnan(one.low)
+    assert stats.compare([1.4, 1.3, 1.2], [1.5, 1.5, 1.5]).p == 0.25
