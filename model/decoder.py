@@ -91,12 +91,12 @@ def hidden_states(
     """
     stop = _check_until(until_layer, config)
     wanted = _group_taps(taps, stop)
-    x = _inputs(params, tokens, inputs_embeds, config, runtime)
-    _check_length(x.shape[1], config)
+    x = token_inputs(params, tokens, inputs_embeds, config, runtime)
+    check_length(x.shape[1], config)
     meta = None if cache is None else _step(cache, x.shape, positions, segment_ids)
-    positions = _positions(x.shape, positions, segment_ids, meta)
-    longest = _longest(positions, segment_ids) if cache is None else cache.planned_length
-    x = _embed(params, x, positions, config, runtime, rng)
+    positions = positions_of(x.shape, positions, segment_ids, meta)
+    longest = longest_of(positions, segment_ids) if cache is None else cache.planned_length
+    x = embedded(params, x, positions, config, runtime, rng)
     taken = {"embeddings": x} if "embeddings" in wanted else {}
     once = cache is not None and _one_device(runtime)
     reports, caches, encoders = [], {}, {}
@@ -106,15 +106,13 @@ def hidden_states(
             encoder = PositionEncoder(segment.layer, longest)
             encoders[segment.layer] = encoder.prepared(positions, once=once)
         encoder = encoders[segment.layer]
-        context = _context(segment, positions, segment_ids, encoder, runtime, rng, meta)
+        context = segment_context(segment, positions, segment_ids, encoder, runtime, rng, meta)
         x, carry, aux = _run(params, x, segment, stop, context, carry, wanted)
         taken.update(aux.pop("taps", {}))
         reports.append(aux)
         if cache is not None:
             caches[segment.name] = carry["cache"]
-    if config.final_norm:
-        eps = config.norm_eps if config.final_norm_eps is None else config.final_norm_eps
-        x = norms.normalise(config.norm, params.get("final_norm", {}), x, eps)
+    x = final_normed(params, x, config)
     merged = _concatenate(reports)
     if taps:
         merged["taps"] = taken
@@ -123,7 +121,7 @@ def hidden_states(
     return x, merged
 
 
-def _inputs(
+def token_inputs(
     params: Params,
     tokens: Array | None,
     inputs_embeds: Array | None,
@@ -152,7 +150,7 @@ def _rows(params: Params, ids: Array, runtime: Runtime, axis: str = "vocab") -> 
     return embed({"table": table}, ids, runtime.compute_dtype)
 
 
-def _embed(
+def embedded(
     params: Params,
     x: Array,
     positions: Array,
@@ -174,7 +172,15 @@ def _embed(
     return constrain(x, ("batch", "length", "hidden"), runtime.layout)
 
 
-def _context(
+def final_normed(params: Params, x: Array, config: ModelConfig) -> Array:
+    """The final norm of the residual stream, if the config has one."""
+    if not config.final_norm:
+        return x
+    eps = config.norm_eps if config.final_norm_eps is None else config.final_norm_eps
+    return norms.normalise(config.norm, params.get("final_norm", {}), x, eps)
+
+
+def segment_context(
     segment: Segment,
     positions: Array,
     segment_ids: Array | None,
@@ -276,7 +282,7 @@ def _step(
     return cache.step(shape, segment_ids)
 
 
-def _positions(
+def positions_of(
     shape: tuple[int, ...],
     positions: Array | None,
     segment_ids: Array | None,
@@ -296,7 +302,7 @@ def _positions(
     return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
-def _longest(positions: Array, segment_ids: Array | None) -> Array:
+def longest_of(positions: Array, segment_ids: Array | None) -> Array:
     """`int32[]`, the length of the longest document at hand, padding left out."""
     real = positions if segment_ids is None else jnp.where(segment_ids > 0, positions, 0)
     return jnp.max(real) + 1
@@ -310,7 +316,8 @@ def _check_until(until_layer: int | None, config: ModelConfig) -> int:
     return until_layer
 
 
-def _check_length(length: int, config: ModelConfig) -> None:
+def check_length(length: int, config: ModelConfig) -> None:
+    """Raise `ValueError` if a sequence is longer than the learned positions."""
     if config.positions == "learned" and length > config.max_length:
         raise ValueError(
             f"a sequence of {length} tokens is longer than the {config.max_length} learned "

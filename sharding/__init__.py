@@ -26,6 +26,15 @@ from sharding.layout import (
 )
 from sharding.mesh import AXES, MeshConfig, make_mesh
 from sharding.partition import check_divisible, partition, sharded_init, state_shardings
+from sharding.pipeline import Pipeline, alternate, chunks_of, circulate, outside_stages
+from sharding.pipeline_schedules import (
+    PipelineConfig,
+    Schedule,
+    bubble_formula,
+    check_layers,
+    gpipe,
+    pipeline_schedule,
+)
 from sharding.products import split_linear
 from sharding.rules import Rule, match_rules, override_axes, prefixed, rules_table
 
@@ -34,25 +43,36 @@ __all__ = [
     "TABLE",
     "Layout",
     "MeshConfig",
+    "Pipeline",
+    "PipelineConfig",
     "Processes",
     "Rule",
+    "Schedule",
     "ShardingConfig",
+    "alternate",
     "axis_names",
+    "bubble_formula",
     "check_divisible",
     "check_experts",
     "check_heads",
+    "check_layers",
+    "chunks_of",
+    "circulate",
     "constrain",
     "context_attention",
     "derive_rules",
     "gather_rows",
     "global_array",
     "global_batch",
+    "gpipe",
     "initialize_distributed",
     "make_layout",
     "make_mesh",
     "match_rules",
+    "outside_stages",
     "override_axes",
     "partition",
+    "pipeline_schedule",
     "prefixed",
     "rows_of_process",
     "rules_table",

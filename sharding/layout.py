@@ -32,7 +32,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "d_ff": ("tensor",),
     "experts": ("expert",),
     "positions": (),
-    "layers": (),
+    "layers": ("stage",),
 }
 """Logical axis -> mesh axes. `batch`, `length` and `hidden` are axes of activations only."""
 

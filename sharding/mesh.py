@@ -30,7 +30,7 @@ class MeshConfig:
     data: replicas of the model that each take a part of the batch; -1 takes the devices left over.
     fsdp: devices that share one replica's weights and optimizer state and also split the batch.
     expert: devices that a mixture's experts are spread over; other layers split the batch.
-    stage: pipeline stages.
+    stage: pipeline stages, each with an equal part of the layers (`sharding.pipeline`).
     context: devices that one sequence is split over.
     tensor: devices that each matrix's heads, feed-forward columns and vocabulary are split over.
     """

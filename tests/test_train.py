@@ -143,7 +143,7 @@ def test_data_that_has_changed_under_a_run_is_an_error(tmp_path):
         ({"data__batch_size": 12}, r"a batch of 12 rows does not divide into 8 devices"),
         ({"mesh__fsdp": 3}, r"fsdp=3"),
         ({"mesh__tensor": 8}, r"num_heads|heads"),
-        ({"mesh__stage": 2}, r"mesh.stage=2"),
+        ({"mesh__stage": 4}, r"2 layers do not divide over mesh.stage=4; use mesh.stage=1 or 2"),
         ({"train__trainable": "no/such/path.*"}, "train.trainable"),
         ({"data__path": "/no/such/file.txt"}, "/no/such/file.txt"),
     ],

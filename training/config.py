@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from data import DataConfig
 from model import POLICIES, ModelConfig
-from sharding import MeshConfig, ShardingConfig
+from sharding import MeshConfig, PipelineConfig, ShardingConfig
 from training.checkpoints import CheckpointConfig
 from training.faults import FaultConfig
 from training.optimizers import OptimizerConfig
@@ -35,7 +35,9 @@ class TrainConfig:
 
     steps: optimizer steps of the whole run.
     start_from: checkpoint or run whose parameters a new run begins with; empty begins at random.
-    accumulation: micro-batches per step; the result equals one large batch.
+    accumulation: micro-batches per step; the result equals one large batch. With mesh.stage above 1
+        they are what goes through the pipeline.
+    pipeline: in which order they do.
     compute_dtype: of activations and products, "float32" or "bfloat16"; parameters stay float32.
     remat: what the backward pass recomputes; a name of model.POLICIES.
     scan_unroll: layers in one turn of the loop over layers, 0 for all; -1 takes 1, but all on a CPU
@@ -57,6 +59,7 @@ class TrainConfig:
     steps: int = 1000
     start_from: str = ""
     accumulation: int = 1
+    pipeline: PipelineConfig = PipelineConfig()
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = -1

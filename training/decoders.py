@@ -1,14 +1,17 @@
-"""The `apply` of an objective for Sheaf's decoder: what of a batch the model reads."""
+"""Sheaf's decoder as objectives and pipelines call it: what of a batch the model reads."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from model import ModelConfig, Runtime, hidden_states, logits
+from model import ModelConfig, Runtime, hidden_states, logits, staged
+from sharding import Layout
 from training.objectives import Apply, Batch
+from training.staged import Staged
 
 
 def decoder(config: ModelConfig, runtime: Runtime | None = None, *, head: bool = True) -> Apply:
@@ -36,3 +39,37 @@ def decoder(config: ModelConfig, runtime: Runtime | None = None, *, head: bool =
         return hidden, {**aux, "head": lambda x: logits(params, x, config, runtime)}
 
     return apply
+
+
+def staged_decoder(config: ModelConfig, runtime: Runtime | None = None) -> Staged:
+    """The same model in the parts that a pipeline runs (`training.staged`).
+
+    Its functions raise `ValueError` for a model whose layers are not one stack of one kind.
+    """
+    runtime = runtime or Runtime()
+
+    def on(layout: Layout | None) -> Runtime:
+        return dataclasses.replace(runtime, layout=layout)
+
+    def stack(params: Any) -> Any:
+        name = staged.only_segment(config).name
+        if set(params["layers"]) != {name}:
+            raise ValueError(
+                f"the params stack their layers as {', '.join(sorted(params['layers']))}; "
+                f"mesh.stage above 1 needs them as {name}"
+            )
+        return params["layers"][name]
+
+    return Staged(
+        layers=config.num_layers,
+        stack=stack,
+        rest=lambda params: {name: tree for name, tree in params.items() if name != "layers"},
+        join=lambda rest, stack: {**rest, "layers": {staged.only_segment(config).name: stack}},
+        enter=lambda params, batch, rng, layout: staged.enter(
+            params, batch, rng, config, on(layout)
+        ),
+        run=lambda params, x, first, batch, rng, layout: staged.run_layers(
+            params, x, first, batch, rng, staged.only_segment(config), on(layout)
+        ),
+        leave=lambda params, x, layout: staged.leave(params, x, config, on(layout)),
+    )

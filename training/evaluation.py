@@ -11,14 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from training.objectives import Apply, Objective
+from training.staged import StagedStep, staged_metrics
+from training.state import Placement
+from training.step import micro_batches
 
 Array = jax.Array
 EvaluationStep = Callable[..., dict[str, Array]]
 
 
-def make_evaluation_step(objective: Objective, apply: Apply) -> EvaluationStep:
-    """Jitted `step(params, batch, frozen=None) -> {metric: sum over targets, "tokens":
-    targets}`."""
+def make_evaluation_step(
+    objective: Objective,
+    apply: Apply,
+    staged: StagedStep | None = None,
+    placement: Placement | None = None,
+) -> EvaluationStep:
+    """Jitted `step(params, batch, frozen=None) -> {metric: sum over targets, "tokens": targets}`.
+
+    With `staged` the batch goes through pipeline stages in as many micro-batches as in training.
+    """
+    if staged is not None:
+        return jax.jit(
+            lambda params, batch, frozen=None: staged_metrics(
+                staged,
+                objective,
+                params,
+                micro_batches(batch, staged.schedule.micro_batches, placement),
+                frozen,
+            )
+        )
 
     def still(params: Any, batch: Mapping[str, Any], rng: Array | None) -> Any:
         return apply(params, batch, None)

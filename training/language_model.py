@@ -20,7 +20,7 @@ from model.checkpoint import read_model
 from model.checkpoint_folder import locate, read_files
 from sharding import Layout, check_heads
 from training.config import ConfigError, RunConfig
-from training.decoders import decoder
+from training.decoders import decoder, staged_decoder
 from training.loop import Result, train
 from training.objectives import language_model
 from training.progress import count, duration
@@ -104,6 +104,7 @@ def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | No
         files={**start_files(config.train.start_from), **dataset.tokenizer.files()},
         manifest=dataset.manifest(),
         check_data=check_resume,
+        staged=staged_decoder(model, runtime),
     )
 
 

@@ -16,14 +16,17 @@ from model import ModelConfig, abstract
 from model.checkpoint import load, stored_params
 from model.checkpoint_folder import locate
 from model.segments import segments_of
+from model.staged import only_segment
 from sharding import (
     Layout,
     Rule,
+    check_layers,
     derive_rules,
     global_array,
     make_layout,
     make_mesh,
     override_axes,
+    pipeline_schedule,
     rows_of_process,
 )
 from training.config import RunConfig
@@ -32,6 +35,7 @@ from training.evaluation import EvaluationStep, make_evaluation_step
 from training.optimizers import make_optimizer
 from training.record import batch_hash
 from training.schedules import make_schedule
+from training.staged import StagedStep
 from training.state import Placement, TrainState, abstract_state, init_state, new_state, place
 from training.step import Step, make_step
 from training.task import Batch, Task
@@ -44,13 +48,8 @@ Array = jax.Array
 def run_layout(config: RunConfig) -> Layout:
     """The mesh of a config over all devices, with its sharding tables.
 
-    Raises `ValueError` where the mesh does not fit the devices, or asks for pipeline stages.
+    Raises `ValueError` where the mesh does not fit the devices.
     """
-    if config.mesh.stage != 1:
-        raise ValueError(
-            f"mesh.stage={config.mesh.stage}: no pipeline runs over this axis yet, so its devices "
-            "would repeat each other's work; use 1, and fsdp or tensor instead"
-        )
     return make_layout(make_mesh(config.mesh), config.sharding)
 
 
@@ -97,6 +96,7 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
 
     Raises `ValueError` that names the field where a batch, a rule or a pattern does not fit.
     """
+    staged = staged_step(task, config, layout)
     rows_per_device = layout.size("batch") * config.train.accumulation
     if task.batch_size % rows_per_device:
         raise ValueError(
@@ -139,8 +139,9 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
             nonfinite="propagate" if config.faults.nonfinite == "stop" else "skip",
             spike_z=config.faults.z if guard else None,
             placement=placement,
+            staged=staged,
         ),
-        evaluation_step=make_evaluation_step(task.objective, task.apply),
+        evaluation_step=make_evaluation_step(task.objective, task.apply, staged, placement),
         create=lambda: init_state(task.init, optimizer, key, trainable, ema, placement, window),
         load=lambda folder: _load(
             folder, abstract, optimizer, key, trainable, ema, placement, window
@@ -149,6 +150,27 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
         rows=rows,
         own=~np.isin(rows, np.concatenate(earlier) if earlier else []),
     )
+
+
+def staged_step(task: Task, config: RunConfig, layout: Layout) -> StagedStep | None:
+    """How a step goes through the stages of a mesh; None where there is one.
+
+    Raises `ValueError` that names the field if the model cannot be cut so.
+    """
+    stages = layout.mesh.shape["stage"]
+    if stages == 1:
+        return None
+    if task.staged is None:
+        raise ValueError(
+            f"mesh.stage={stages}: this task does not give its model in parts (Task.staged), so no "
+            "pipeline can run it; use 1, and fsdp or tensor instead"
+        )
+    pipeline = config.train.pipeline
+    if task.model is not None:
+        only_segment(task.model)
+    check_layers(task.staged.layers, stages, pipeline.repeats)
+    schedule = pipeline_schedule(pipeline, stages, config.train.accumulation)
+    return StagedStep(task.staged, schedule, layout)
 
 
 def starting_params(task: Task, config: RunConfig) -> Any:

@@ -18,6 +18,7 @@ from training.averaging import update_average
 from training.objectives import Apply, Metrics, Objective
 from training.schedules import Schedule
 from training.spike_guard import remember, robust_score
+from training.staged import StagedStep, staged_gradients
 from training.state import Placement, TrainState
 from training.trainable import Predicate, everything, merge, split_trainable
 
@@ -41,6 +42,7 @@ def make_step(
     nonfinite: str = "skip",
     spike_z: float | None = None,
     placement: Placement | None = None,
+    staged: StagedStep | None = None,
 ) -> Step:
     """Jitted `step(state, batch, frozen=None) -> (state, metrics)`; the state given is donated.
 
@@ -50,6 +52,7 @@ def make_step(
     `learning_rate`, `grad_norm` (before clipping), `update_norm`, `param_norm` (after the update),
     `nonfinite` (1 if this step was not finite). With `spike_z` an update whose loss has a robust
     score above it is refused too, and `spike` is 1; the state must have been made with a window.
+    With `staged` the micro-batches go through pipeline stages, and `apply` is not called.
     """
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite is {nonfinite!r}: give one of {', '.join(NONFINITE)}")
@@ -60,15 +63,23 @@ def make_step(
         state: TrainState, batch: Mapping[str, Any], frozen: Any = None
     ) -> tuple[TrainState, Metrics]:
         ours, others = split_trainable(state.params, trainable)
-        gradients, metrics = batch_gradients(
-            objective,
-            lambda params, batch, rng: apply(merge(params, others), batch, rng),
-            ours,
-            micro_batches(batch, accumulation, placement),
-            jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
-            frozen,
-            None if placement is None else placement.gradients,
-        )
+        micro = micro_batches(batch, accumulation, placement)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        shardings = None if placement is None else placement.gradients
+        if staged is not None:
+            gradients, metrics = staged_gradients(
+                staged, objective, ours, others, micro, key, frozen, shardings
+            )
+        else:
+            gradients, metrics = batch_gradients(
+                objective,
+                lambda params, batch, rng: apply(merge(params, others), batch, rng),
+                ours,
+                micro,
+                key,
+                frozen,
+                shardings,
+            )
         rate, grad_norm = jnp.asarray(schedule(state.step), jnp.float32), global_norm(gradients)
         finite = jnp.isfinite(metrics.pop("objective")) & jnp.isfinite(grad_norm)
 

@@ -17,6 +17,7 @@ import numpy as np
 from model import ModelConfig
 from sharding import Rule
 from training.objectives import Apply, Metrics, Objective, three_functions
+from training.staged import Staged
 from training.state import TrainState
 
 Array = jax.Array
@@ -97,6 +98,7 @@ class Task:
 
     init: `key -> params`; compiled with the params' shardings, never run on one device.
     apply: `(params, batch, rng) -> (outputs, aux)`.
+    staged: the same in parts, which pipeline stages need; None runs on none.
     objective: loss, weight, and gradients or predict where they are the method's own.
     stream: training batches.
     validation: makes an iterator of validation batches (rows of this host), or None.
@@ -132,6 +134,7 @@ class Task:
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     check_data: Callable[[Any, Any, int], None] = same_manifest
+    staged: Staged | None = None
 
 
 def from_functions(
