@@ -27,9 +27,9 @@ from planning.collectives import COLLECTIVES, ring_bandwidth, send
 from planning.hardware import HARDWARE, Hardware
 from planning.hlo import Collective, collectives
 from planning.operators import training_flops_per_token
-from sharding import make_layout, make_mesh
+from sharding import bubble_formula, make_layout, make_mesh
 from training import RunConfig
-from training.decoders import decoder
+from training.decoders import decoder, staged_decoder
 from training.objectives import language_model
 from training.setup import Functions, prepare
 from training.task import FunctionStream, Task, tokens_by_length
@@ -114,9 +114,9 @@ class Plan:
     devices: as JAX shows them. mesh: axis -> size. parameter_count, tokens: of model and step.
     parameters, optimizer, batch: bytes of what goes in. temporaries: bytes that the compiler needs
     beside them: activations, gradients, copies. limit: memory of a device. flops: model FLOPs of
-    the step on all devices. compute_seconds: at the peak, what is recomputed counted.
-    network_seconds: collectives one after another, nothing overlapped; between_slices: the part of
-    it on the data centre's network. compile_seconds: what compiling took here.
+    the step on all devices. compute_seconds: at the peak, with what is recomputed and a pipeline's
+    idle ticks. network_seconds: collectives one after another, nothing overlapped; between_slices:
+    the part of it on the data centre's network. compile_seconds: what compiling took here.
     """
 
     topology: Topology
@@ -212,6 +212,7 @@ def _functions(config: RunConfig, mesh: Mesh) -> Functions:
         batch_axes=tokens_by_length,
         batch_size=config.data.batch_size,
         model=model,
+        staged=staged_decoder(model, runtime),
     )
     return prepare(task, config, layout)
 
@@ -250,8 +251,11 @@ def _plan(
     tokens = config.data.batch_size * length
     chips = topology.chips
     flops = training_flops_per_token(model, length) * tokens
-    passes = 4 if config.train.remat == "full" else 3
-    computed = flops * passes / 3 / chips
+    pipeline, stages = config.train.pipeline, mesh["stage"]
+    alternate = stages > 1 and pipeline.schedule == "1f1b"
+    passes = 3 + (config.train.remat == "full") + alternate
+    idle = bubble_formula(stages, config.train.accumulation, pipeline.repeats)
+    computed = flops * passes / 3 / chips / (1 - idle)
     per_chip = len(functions.layout.mesh.devices.flat) // chips
     within, between = _network_seconds(found, hardware)
     return Plan(

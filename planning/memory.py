@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from model import ModelConfig, count_parameters
 from model.parameters import describe
 from planning.operators import Bits, cache_bytes_per_token
+from sharding import Schedule
 
 
 @dataclass(frozen=True)
@@ -85,30 +86,54 @@ def training_memory(
     micro_batch: int,
     length: int,
     remat: bool = True,
-    micro_batches: int = 1,
+    schedule: Schedule | None = None,
     stored: Stored | None = None,
 ) -> Memory:
     """Bytes on the fullest device.
 
-    micro_batch: sequences on each data shard in one pass. micro_batches: passes that the pipeline
-    holds in flight at most, as many as it has stages (1F1B). remat: only a block's input is kept;
-    else what Megatron counts without scores (arXiv 2205.05198, eq. 2): 34 s b d_model bytes.
+    micro_batch: sequences on each data shard in one pass. schedule: of the pipeline, if any. remat:
+    only a block's input is kept; else what Megatron counts without scores (arXiv 2205.05198, eq.
+    2): 34 s b d_model bytes. What stands outside the layers is on every stage.
     """
     stored = stored or Stored()
-    share = parameters_of(config) / (split.tensor * split.stage * split.fsdp * split.expert)
+    share = stage_parameters(config, split.stage) / (split.tensor * split.fsdp * split.expert)
     divided = [split.data if split.zero >= level else 1 for level in (3, 2, 1)]
     tokens = micro_batch * length / split.context
-    in_flight = min(micro_batches, split.stage)
     layers = -(-config.num_layers // split.stage)
     block = 34 * tokens * config.d_model / split.tensor
-    kept = 2 * tokens * config.d_model / split.tensor if remat else block
+    kept_input = 2 * tokens * config.d_model / split.tensor
+    kept = kept_input if remat else block
     return Memory(
         weights=share * stored.weights / divided[0],
         gradients=share * stored.gradients / divided[1],
         optimizer=share * (stored.master + stored.moments) / divided[2],
-        activations=in_flight * layers * kept + (block if remat else 0.0),
-        logits=6 * tokens * config.vocab_size / split.tensor,
+        activations=_held(schedule, layers * kept, kept_input) + (block if remat else 0.0),
+        logits=6 * tokens * config.vocab_size / (split.tensor * split.stage),
     )
+
+
+def stage_parameters(config: ModelConfig, stages: int) -> float:
+    """Trained values on one pipeline stage: its layers, and all that stands outside the layers."""
+    outside = _outside(config)
+    return (parameters_of(config) - outside) / stages + outside
+
+
+def _held(schedule: Schedule | None, one_pass: float, one_input: float) -> float:
+    """Bytes of activations that wait for their backward pass. `sharding.pipeline` keeps what every
+    tick of a forward loop keeps, the idle ones too; or, where passes alternate, inputs only, and
+    what one backward pass computes anew.
+    """
+    if schedule is None:
+        return one_pass
+    ticks = schedule.forward_ticks
+    if schedule.first_first:
+        return one_pass + min(ticks, 2 * schedule.stages - 1) * one_input
+    return ticks * one_pass / schedule.repeats
+
+
+@functools.cache
+def _outside(config: ModelConfig) -> int:
+    return sum(math.prod(spec.shape) for spec, segment in describe(config).values() if not segment)
 
 
 def inference_memory(
@@ -118,9 +143,7 @@ def inference_memory(
     `batch` sequences of `length` tokens (of a sliding window no more than it sees).
     """
     bits = bits or Bits()
-    outside = sum(
-        math.prod(spec.shape) for spec, segment in describe(config).values() if not segment
-    )
+    outside = _outside(config)
     weights = (parameters_of(config) - outside) * bits.weights / 8 + outside * bits.head / 8
     cache = 0.0
     for segment in config.segments:

@@ -18,12 +18,15 @@ from model import ModelConfig
 from model.parameters import describe
 from planning.collectives import COLLECTIVES, ring_bandwidth, send
 from planning.hardware import Hardware
-from planning.memory import Memory, Split, parameters_of, training_memory
+from planning.memory import Memory, Split, stage_parameters, training_memory
 from planning.operators import Op, Work, operators, training_flops_per_token
 from planning.roofline import Efficiency, seconds, timed
+from sharding import PipelineConfig, Schedule, pipeline_schedule
 
 INNER_FIRST = ("tensor", "context", "stage", "expert", "fsdp", "data")
 """Axes from the nearest neighbours outwards, as `sharding.mesh.AXES` lays them."""
+SCHEDULES = ("gpipe", "1f1b")
+"""Of pipelines. Interleaved ones cost nothing more in this model, so they would always win."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class StepTime:
 @dataclass(frozen=True)
 class Candidate:
     """A plan: its axes, sequences of a micro-batch on each data shard, micro-batches, whether it
-    recomputes; what it takes.
+    recomputes, the name of its pipeline's schedule; what it takes.
     """
 
     split: Split
@@ -80,6 +83,7 @@ class Candidate:
     memory: Memory
     time: StepTime
     utilization: float
+    schedule: str = ""
 
     def flags(self) -> str:
         """For `train.py` and `planning compile`."""
@@ -87,6 +91,8 @@ class Candidate:
         mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in axes.items() if size > 1)
         remat = "full" if self.remat else "none"
         rest = f"--config.train.accumulation={self.accumulation} --config.train.remat={remat}"
+        if self.schedule:
+            rest += f" --config.train.pipeline.schedule={self.schedule}"
         return f"{mesh or '--config.mesh.data=1'} {rest}"
 
 
@@ -122,7 +128,7 @@ def legal_splits(run: Run, devices: int) -> Iterator[Split]:
         inner = tensor * context * stage * expert
         if devices % inner or heads % tensor or widths % tensor or run.length % context:
             continue
-        if experts % expert or (stage > 1 and not run.stages) or run.model.num_layers % stage:
+        if experts % expert or (stage > 1 and not _may_be_staged(run, stage)):
             continue
         for fsdp in sizes:
             data = devices // inner // fsdp if devices // inner % fsdp == 0 else 0
@@ -135,27 +141,39 @@ def _candidates(run: Run, cluster: Cluster, split: Split) -> Iterator[Candidate]
     for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
         if split.stage > 1 and accumulation < split.stage:
             continue
-        for remat in (False, True):
-            micro = rows // accumulation
-            memory = training_memory(
-                run.model,
-                split,
-                micro_batch=micro,
-                length=run.length,
-                remat=remat,
-                micro_batches=accumulation,
-            )
-            time = step_time(run, cluster, split, accumulation, remat=remat)
-            flops = _flops_per_token(run.model, run.length) * run.batch * run.length
-            peak = cluster.devices * cluster.hardware.bf16_flops
-            used = flops / (time.seconds * peak)
-            yield Candidate(split, micro, accumulation, remat, memory, time, used)
+        for remat, name in itertools.product(
+            (False, True), SCHEDULES if split.stage > 1 else ("",)
+        ):
+            yield _candidate(run, cluster, split, accumulation, remat, name)
+
+
+def _candidate(
+    run: Run, cluster: Cluster, split: Split, accumulation: int, remat: bool, name: str
+) -> Candidate:
+    micro = run.batch // (split.data * split.fsdp * split.expert) // accumulation
+    schedule = pipeline_schedule(PipelineConfig(name), split.stage, accumulation) if name else None
+    memory = training_memory(
+        run.model, split, micro_batch=micro, length=run.length, remat=remat, schedule=schedule
+    )
+    time = step_time(run, cluster, split, accumulation, remat=remat, schedule=schedule)
+    flops = _flops_per_token(run.model, run.length) * run.batch * run.length
+    peak = cluster.devices * cluster.hardware.bf16_flops
+    used = flops / (time.seconds * peak)
+    return Candidate(split, micro, accumulation, remat, memory, time, used, name)
 
 
 def step_time(
-    run: Run, cluster: Cluster, split: Split, accumulation: int = 1, *, remat: bool = True
+    run: Run,
+    cluster: Cluster,
+    split: Split,
+    accumulation: int = 1,
+    *,
+    remat: bool = True,
+    schedule: Schedule | None = None,
 ) -> StepTime:
-    """Seconds of a training step under a plan."""
+    """Seconds of a training step under a plan. 1F1B computes a stage's pass anew, and under `remat`
+    its blocks once more.
+    """
     model, hardware = run.model, cluster.hardware
     rows = run.batch // (split.data * split.fsdp * split.expert * accumulation)
     links = _links(split, cluster)
@@ -163,7 +181,8 @@ def step_time(
     ops = _operators(model, work, split.tensor)
     forward = seconds(timed(ops, hardware, efficiency=cluster.efficiency))
     forward /= split.stage * split.context
-    compute = (4 if remat else 3) * forward * accumulation
+    passes = 3 + remat + (schedule is not None and schedule.first_first)
+    compute = passes * forward * accumulation
 
     tokens = rows * run.length / split.context
     sums = sum(op.reduced * op.count for op in ops) / split.stage / split.context
@@ -181,9 +200,12 @@ def step_time(
         keys = 4 * tokens * (layer.kv_heads or 1) * (layer.head_dim or 1) / split.tensor
         ring = (split.context - 1) * send(keys, links["context"], hardware.latency_seconds)
         exposed += 3 * max(ring * model.num_layers / split.stage - forward, 0.0)
+    if split.stage > 1:
+        sent = 2 * tokens * model.d_model
+        exposed += 2 * send(sent, links["stage"], hardware.latency_seconds)
     exposed *= accumulation
 
-    share = parameters_of(model) / (split.tensor * split.stage * split.expert)
+    share = stage_parameters(model, split.stage) / (split.tensor * split.expert)
     gathers = 2 * _time(
         "all_gather", split.fsdp, 2 * share, links["fsdp"], hardware.latency_seconds
     )
@@ -221,6 +243,12 @@ def _flops_per_token(model: ModelConfig, length: int) -> float:
 @functools.cache
 def _operators(model: ModelConfig, work: Work, tensor: int) -> tuple[Op, ...]:
     return tuple(operators(model, work, tensor=tensor))
+
+
+def _may_be_staged(run: Run, stages: int) -> bool:
+    """Whether a pipeline of equal stages can run the layers (`training.setup.staged_step`)."""
+    equal = len(run.model.segments) == 1 and run.model.num_layers % stages == 0
+    return run.stages and equal
 
 
 @functools.cache

@@ -96,9 +96,10 @@ def search_table(title: str, found: Sequence[Candidate]) -> Table:
     rows = []
     for each in found:
         axes = {axis: getattr(each.split, axis) for axis in AXES}
+        named = [f"{axis}={size}" for axis, size in axes.items() if size > 1]
         rows.append(
             (
-                " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "1 device",
+                " ".join([*named, each.schedule]).strip() or "1 device",
                 str(each.micro_batch),
                 str(each.accumulation),
                 "yes" if each.remat else "no",

@@ -8,9 +8,9 @@ import pytest
 from model import ModelConfig
 from planning.__main__ import main
 from planning.hardware import HARDWARE
-from planning.memory import Split
+from planning.memory import Split, training_memory
 from planning.search import Cluster, Run, legal_splits, search, step_time
-from sharding import MeshConfig
+from sharding import MeshConfig, PipelineConfig, pipeline_schedule
 
 LLAMA2_7B = ModelConfig(vocab_size=32000, d_model=4096, num_layers=32, num_heads=32, d_ff=11008)
 RUN = Run(LLAMA2_7B.resolve(), batch=256, length=4096)
@@ -52,7 +52,11 @@ def test_a_closed_form_by_hand():
     assert time.hidden == pytest.approx(2 * 7 / 8 * size / 450e9, rel=1e-4)
     assert time.bubble == time.exposed == 0
     piped = step_time(RUN, cluster, Split(data=2, stage=4), accumulation=16, remat=False)
-    assert piped.bubble == pytest.approx(3 / 16 * piped.compute)
+    sent = 2 * 256 / 2 / 16 * 4096 * 4096
+    assert piped.exposed == pytest.approx(16 * 2 * sent / 450e9)
+    assert piped.bubble == pytest.approx(3 / 16 * (piped.compute + piped.exposed))
+    counted = pipeline_schedule(PipelineConfig(), 4, 16).bubble
+    assert piped.bubble / piped.seconds == pytest.approx(counted)
 
 
 def test_axes_that_leave_the_fast_links_are_slower():
@@ -72,3 +76,25 @@ def test_what_cannot_fit_is_told_with_what_would(capsys):
     assert "the first: --config.mesh." in capsys.readouterr().out
     assert main(["search", "--hardware=h10", "--devices=64", *flags]) == 2
     assert "not in the table" in capsys.readouterr().err
+
+
+def test_pipelines_are_those_that_training_runs():
+    run = dataclasses.replace(RUN, batch=384, stages=True)
+    assert {split.stage for split in legal_splits(run, 48)} == {1, 2, 4, 8, 16}
+    unequal = dataclasses.replace(LLAMA2_7B, layer_overrides=((0, "d_ff", 4096),))
+    run = dataclasses.replace(run, model=unequal.resolve())
+    assert {split.stage for split in legal_splits(run, 48)} == {1}
+
+
+def test_memory_of_a_pipeline_is_what_its_schedule_keeps():
+    split = Split(stage=4, fsdp=2, zero=0)
+    alike = {"micro_batch": 1, "length": 4096, "remat": True}
+    one = training_memory(RUN.model, split, **alike)
+    outside = 2 * 32000 * 4096 + 4096
+    assert one.weights == pytest.approx(2 * ((6738415616 - outside) / 4 + outside) / 2)
+    for name, held in (("gpipe", 8 * (16 + 3)), ("1f1b", 8 + 7)):
+        schedule = pipeline_schedule(PipelineConfig(name), 4, 16)
+        memory = training_memory(RUN.model, split, schedule=schedule, **alike)
+        one_input = 2 * 4096 * 4096
+        assert memory.activations - one.activations == (held - 8) * one_input
+        assert max(schedule.kept()) <= held
