@@ -1,9 +1,10 @@
-"""`python -m evals` measures checkpoints and servers, and compares them.
+"""`python -m evals` measures checkpoints, servers and runs, and compares and shows the results.
 
     python -m evals run --checkpoint=A,B --tasks=perplexity,needle --out=OUT \\
         --perplexity.path=held_out.jsonl --needle.samples=5
+    python -m evals sweep needle --run=runs/quickstart --out=SWEEP --follow
     python -m evals compare OUT/A OUT/B
-    python -m evals report OUT/A OUT/B
+    python -m evals report OUT/A OUT/B SWEEP --html=report.html
     python -m evals tasks
 
 `run` may be left out. A model is a run, a checkpoint folder, a Hugging Face folder,
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 KEY_VARIABLE = "SHEAF_API_KEY"
-COMMANDS = ("run", "compare", "report", "tasks")
 SETTING = re.compile(r"--([\w@-]+\.\w+)=(.*)", flags=re.DOTALL)
+TASKS_HELP = "names, with commas between; NAME@LABEL for a second of a kind"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,14 +62,44 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="{run,compare,report,tasks}")
+    commands = parser.add_subparsers(required=True, metavar="{run,sweep,compare,report,tasks}")
     run = commands.add_parser("run", help="evaluate models", allow_abbrev=False)
     run.set_defaults(run=_run)
-    add = run.add_argument
-    add("--checkpoint", "--model", dest="models", required=True, type=_listed, metavar="A,B",
-        help="models, with commas between")  # fmt: skip
-    add("--tasks", required=True, type=_listed, metavar="NAME,NAME",
-        help="names, with commas between; NAME@LABEL for a second of a kind")  # fmt: skip
+    run.add_argument("--checkpoint", "--model", dest="models", required=True, type=_listed,
+        metavar="A,B", help="models, with commas between")  # fmt: skip
+    run.add_argument("--tasks", required=True, type=_listed, metavar="NAME,NAME", help=TASKS_HELP)
+    _add_shared(run)
+    sweep = commands.add_parser("sweep", help="every checkpoint of a run", allow_abbrev=False)
+    sweep.set_defaults(run=_sweep)
+    sweep.add_argument("tasks", type=_listed, metavar="NAME,NAME", help=TASKS_HELP)
+    sweep.add_argument("--run", dest="folder", required=True, type=Path, help="the run's folder")
+    sweep.add_argument("--follow", action="store_true",
+        help="go on as checkpoints come, until the run's last step is measured")  # fmt: skip
+    sweep.add_argument("--poll", type=float, default=10.0, metavar="SECONDS",
+        help="between two looks for new ones (default: 10)")  # fmt: skip
+    _add_shared(sweep)
+    compare = commands.add_parser("compare", help="paired differences", allow_abbrev=False)
+    compare.add_argument("folders", nargs=2, help="OUT/MODEL of two models")
+    compare.set_defaults(run=_compare)
+    report = commands.add_parser("report", help="tables, or a page", allow_abbrev=False)
+    report.add_argument("folders", nargs="+", metavar="DIR",
+        help="OUT/MODEL of a model, or the folder of a sweep; the first model is the one that "
+             "others are held against")  # fmt: skip
+    report.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page that opens from disk"
+    )
+    report.add_argument("--title", default="Evaluation", help="of the page")
+    report.add_argument("--examples", type=int, default=500, metavar="N",
+        help="examples of each task on the page at most (default: 500)")  # fmt: skip
+    report.set_defaults(run=_report)
+    tasks = commands.add_parser("tasks", help="the tasks and their settings", allow_abbrev=False)
+    tasks.set_defaults(run=_tasks)
+    return parser
+
+
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    """The flags of what evaluates."""
+    add = command.add_argument
     add("--out", required=True, type=Path, help="the folder to write")
     add("--limit", type=int, help="examples of each task at most")
     add("--shots", "--fewshot", type=int, help="examples shown before a question")
@@ -83,46 +114,48 @@ def _parser() -> argparse.ArgumentParser:
     add("--token-budget", type=int, help="tokens of a batch of scoring")
     for axis in ("data", "fsdp", "tensor"):
         add(f"--mesh-{axis}", type=int, help=f"devices of the mesh axis {axis}")
-    compare = commands.add_parser("compare", help="paired differences", allow_abbrev=False)
-    compare.add_argument("folders", nargs=2, help="OUT/MODEL of two models")
-    compare.set_defaults(run=_compare)
-    report = commands.add_parser("report", help="tables of results", allow_abbrev=False)
-    report.add_argument("folders", nargs="+", help="OUT/MODEL of models")
-    report.set_defaults(run=_report)
-    tasks = commands.add_parser("tasks", help="the tasks and their settings", allow_abbrev=False)
-    tasks.set_defaults(run=_tasks)
-    return parser
 
 
 def _listed(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def _run(known: argparse.Namespace, settings: dict[str, str]) -> None:
-    from evals.comparing import summary
-    from evals.evaluation import evaluate
+def _shared(known: argparse.Namespace, settings: dict[str, str]) -> dict[str, Any]:
+    """The keyword arguments that `evaluate` and `sweep` share."""
     from evals.execution import Sandboxed
     from evals.runner import Options
 
-    options = Options(known.seed, known.limit, known.shots, known.shots_from, known.chat)
-    names = ("dtype", "max_length", "token_budget")
-    given: dict[str, Any] = {name: getattr(known, name) for name in names}
     weaker = known.allow_weaker_sandbox
-    found = evaluate(
-        known.models,
-        known.tasks,
-        out=known.out,
-        settings=settings,
-        options=options,
-        roles={"sandbox": Sandboxed(allow_weaker=True)} if weaker else None,
-        layout=_layout(known),
-        api_key=os.environ.get(KEY_VARIABLE),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+    given = {name: getattr(known, name) for name in ("dtype", "max_length", "token_budget")}
+    return {
+        "out": known.out,
+        "settings": settings,
+        "options": Options(known.seed, known.limit, known.shots, known.shots_from, known.chat),
+        "roles": {"sandbox": Sandboxed(allow_weaker=True)} if weaker else None,
+        "layout": _layout(known),
+        "say": lambda line: print(line, file=sys.stderr, flush=True),
         **{name: value for name, value in given.items() if value is not None},
-    )
+    }
+
+
+def _run(known: argparse.Namespace, settings: dict[str, str]) -> None:
+    from evals.comparing import summary
+    from evals.evaluation import evaluate
+
+    key = os.environ.get(KEY_VARIABLE)
+    found = evaluate(known.models, known.tasks, api_key=key, **_shared(known, settings))
     print(summary(found))
     if len(found) > 1:
         _compare_all([known.out / name for name in found])
+
+
+def _sweep(known: argparse.Namespace, settings: dict[str, str]) -> None:
+    from evals.curves import curves, matrix
+    from evals.sweep import sweep
+
+    watching = {"follow": known.follow, "poll": known.poll}
+    sweep(known.folder, known.tasks, **watching, **_shared(known, settings))
+    print(matrix(curves(known.out)))
 
 
 def _layout(known: argparse.Namespace):
@@ -150,10 +183,15 @@ def _compare(known: argparse.Namespace, settings: dict[str, str]) -> None:
 
 def _report(known: argparse.Namespace, settings: dict[str, str]) -> None:
     from evals.comparing import summary
-    from evals.results import read
+    from evals.report import collect, write_html
 
     _no_settings(settings)
-    print(summary({str(folder): read(folder) for folder in known.folders}))
+    contents = collect(known.folders)
+    if known.html is None:
+        print(summary({model.label: model.results for model in contents.everyone}))
+        return
+    write_html(known.html, contents, title=known.title, examples=known.examples)
+    print(f"{known.html}: {known.html.stat().st_size / 1e6:.2f} MB")
 
 
 def _tasks(known: argparse.Namespace, settings: dict[str, str]) -> None:
@@ -168,7 +206,9 @@ def _tasks(known: argparse.Namespace, settings: dict[str, str]) -> None:
 
 def _no_settings(settings: dict[str, str]) -> None:
     if settings:
-        raise ValueError(f"--{next(iter(settings))} is a task's setting; only `run` takes those")
+        raise ValueError(
+            f"--{next(iter(settings))} is a task's setting; only `run` and `sweep` take those"
+        )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from serving.device import prepared
 from serving.loading import load_checkpoint, name_of, template_of, tokenizer_of
 from serving.memory import Model
 from sharding import Layout
+from weights import flatten, is_format, nbytes, size
 
 Answers = Iterator[list[tuple[int, Response]]]
 
@@ -126,6 +127,22 @@ class InProcess:
             "max_length": self._scorer.max_length,
             "dtype": self._scorer.model.runtime.compute_dtype,
             "cache": numerics["kv_dtype"],
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the checkpoint: how it was made, honest bits a weight (those of its
+        provenance, else of what is stored), weights, and bytes of the stored form.
+        """
+        leaves = list(flatten(self.checkpoint.params).values())
+        origin = self.checkpoint.provenance
+        bits = dict(origin.get("summary") or {}).get("bits")
+        counted = [leaf for leaf in leaves if is_format(leaf)] or leaves
+        stored = 8 * sum(map(nbytes, counted)) / sum(map(size, counted))
+        return {
+            "method": origin.get("method"),
+            "bits_per_weight": stored if bits is None else float(bits),
+            "parameters": sum(map(size, leaves)),
+            "bytes": sum(map(nbytes, leaves)),
         }
 
     @functools.cached_property

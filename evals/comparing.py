@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from evals import results
-from evals.stats import Comparison, compare, holm
+from evals.stats import DRAWS, Comparison, compare, holm
 from evals.task import Row
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A task on both models. metric: what was compared. p: adjusted by Holm over all tasks.
+    """A task on both models. metric: what was compared. p: adjusted by Holm over the whole table.
     flipped: ids of examples of which one model got more, the largest differences first.
     """
 
@@ -38,20 +40,36 @@ def compare_folders(first: str | Path, second: str | Path) -> list[Compared]:
         raise ValueError(
             f"{first} and {second} share no task: {', '.join(names[0])}; {', '.join(names[1])}"
         )
-    found = []
-    for name in shared:
-        rows = [results.read_rows(folder, name) for folder in (first, second)]
-        _check_ids(name, first, second, rows)
-        metric, values = scores(rows)
-        gaps = values[1] - values[0]
-        order = np.argsort(-np.abs(gaps), kind="stable")
-        flipped = tuple(str(rows[0][i]["id"]) for i in order if gaps[i] != 0)
-        found.append((name, metric, compare(values[0], values[1]), flipped))
-    adjusted = holm([each[2].p for each in found])
-    return [
-        Compared(name, metric, comparison, p, flipped)
-        for (name, metric, comparison, flipped), p in zip(found, adjusted, strict=True)
-    ]
+    return corrected([compare_task(first, second, name) for name in shared])
+
+
+def compare_task(first: str | Path, second: str | Path, name: str, draws: int = DRAWS) -> Compared:
+    """Compare one task, second minus first; its p is not adjusted yet.
+
+    draws: of the bootstrap, whose p is never below `2 / (draws + 1)`. Raises `ValueError` if it ran
+    on other examples.
+    """
+    rows = [results.read_rows(folder, name) for folder in (first, second)]
+    _check_ids(name, first, second, rows)
+    metric, values = scores(rows)
+    gaps = values[1] - values[0]
+    order = np.argsort(-np.abs(gaps), kind="stable")
+    flipped = tuple(str(rows[0][i]["id"]) for i in order if gaps[i] != 0)
+    found = compare(values[0], values[1], draws=draws)
+    return Compared(name, metric, found, found.p, flipped)
+
+
+def corrected(compared: Sequence[Compared]) -> list[Compared]:
+    """The comparisons of one table, with p-values adjusted by Holm over all of them."""
+    adjusted = holm([each.comparison.p for each in compared])
+    return [dataclasses.replace(each, p=p) for each, p in zip(compared, adjusted, strict=True)]
+
+
+def draws_for(tests: int) -> int:
+    """Bootstrap draws with which one of so many tests can still be significant after Holm: the
+    least p, `2 / (draws + 1)`, times the tests stays below 0.0125.
+    """
+    return max(DRAWS, 160 * tests)
 
 
 def _check_ids(name: str, first: str | Path, second: str | Path, rows: Sequence[list[Row]]) -> None:
@@ -81,6 +99,18 @@ def scores(rows: Sequence[Sequence[Row]]) -> tuple[str, list[np.ndarray]]:
 
 def _value(given: str | float) -> float:
     return float(given == "correct") if isinstance(given, str) else float(given)
+
+
+def headline(task: Mapping[str, Any]) -> str:
+    """The metric that stands for a task of `results.json`: the first it gives, which is what
+    `scores` compares.
+    """
+    return next(iter(task["estimates"]))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric counts what is lost."""
+    return any(part in metric for part in ("bits_per_byte", "perplexity", "nats"))
 
 
 def table(compared: Sequence[Compared]) -> str:

@@ -120,5 +120,6 @@ def _one(
         "computed": counts.computed,
         **backend.work(),
     }
-    model = {"name": name, **backend.identity}
+    facts = backend.facts() if isinstance(backend, InProcess) else {}
+    model = {"name": name, **backend.identity, "facts": facts}
     return results.write(out / name, model, dataclasses.asdict(options), done, work)

@@ -315,8 +315,9 @@ def _result(
 ) -> TaskResult:
     done = [row for row in rows if row is not None]
     shots = task.shots if options.shots is None else options.shots
-    return TaskResult(task, task.aggregate(done), done, _hash(examples), shots)
+    return TaskResult(task, task.aggregate(done), done, data_hash(examples), shots)
 
 
-def _hash(examples: Sequence[Example]) -> str:
+def data_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 of a task's examples."""
     return sha256(canonical([dict(example) for example in examples]))

@@ -247,7 +247,7 @@ def test_the_command_evaluates_compares_and_says_what_is_wrong(folder, tmp_path,
         ([given[0], "--tasks=neddle", given[2]], "nearest: needle"),
         (["run", "--model=nowhere", "--tasks=needle", given[2]], "nowhere"),
         (["compare", outputs[0], str(tmp_path)], "no such file"),
-        (["report", "--a.b=c", outputs[0]], "only `run` takes those"),
+        (["report", "--a.b=c", outputs[0]], "only `run` and `sweep` take those"),
     ]:
         assert main(wrong) == 2
         assert said in capsys.readouterr().err
