@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from data import ByteTokenizer
+from model import ModelConfig, init
+from model.checkpoint import save
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,3 +84,31 @@ def test_wrong_arguments_say_what_would_be_right(tmp_path):
     assert "'jax' is not one of torch, compiled, sheaf" in sides.stderr
     cases = run("serving", "--cases=prefix,nothing", cache=tmp_path)
     assert "'nothing' is not one of continuous, prefix, chunks" in cases.stderr
+
+
+@pytest.mark.slow
+def test_the_variants_of_a_model_are_made_and_measured_by_task(tmp_path):
+    config = ModelConfig(
+        vocab_size=264, d_model=64, num_layers=1, num_heads=2, d_ff=64, max_length=192
+    )
+    params = init(config, jax.random.key(0))
+    save(tmp_path / "small", config, params, ByteTokenizer().files())
+    rng = random.Random(0)
+    words = rng.choices(["".join(rng.choices("abcdefgh", k=5)) for _ in range(100)], k=2500)
+    (tmp_path / "words.txt").write_text(" ".join(words))
+    given = (
+        f"--checkpoint={tmp_path}/small", f"--text={tmp_path}/words.txt", f"--out={tmp_path}/out",
+        f"--held-out=words={tmp_path}/words.txt", "--variants=rtn-4,gptq-3", "--samples=2",
+        f"--table={tmp_path}/table.md",
+    )  # fmt: skip
+    done = run("evals_lab", *given, cache=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    heads, _, *rows = (tmp_path / "table.md").read_text().splitlines()
+    assert "cloze@words acc" in heads
+    assert "iq_full_repeat exact_match" in heads
+    assert rows[0].split(" | ")[:2] == ["| small", "32.00"]
+    for name, row in zip(("rtn-4", "gptq-3"), rows[1:], strict=True):
+        origin = json.loads((tmp_path / "out" / "variants" / name / "provenance.json").read_text())
+        assert row.split(" | ")[:2] == [f"| {name}", f"{origin['summary']['bits']:.2f}"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    assert "making" not in run("evals_lab", *given, cache=tmp_path).stderr
