@@ -6,6 +6,7 @@
     python -m evals compare OUT/A OUT/B
     python -m evals report OUT/A OUT/B SWEEP --html=report.html
     python -m evals tasks
+    python -m evals lm_eval TASKS --checkpoint=A    (tasks of EleutherAI's lm-eval)
 
 `run` may be left out. A model is a run, a checkpoint folder, a Hugging Face folder,
 hub:owner/name, or a server's address, http://…/v1. An evaluation that was stopped goes on when the
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 KEY_VARIABLE = "SHEAF_API_KEY"
+LM_EVAL = "lm_eval"
+AXES = ("data", "fsdp", "tensor")
 SETTING = re.compile(r"--([\w@-]+\.\w+)=(.*)", flags=re.DOTALL)
 TASKS_HELP = "names, with commas between; NAME@LABEL for a second of a kind"
 
@@ -31,9 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     from model.checkpoint_folder import CheckpointError
     from serving.client import ClientError
 
-    known, settings = parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        known.run(known, settings)
+        if given[:1] == [LM_EVAL]:
+            _lm_eval(given[1:])
+        else:
+            known, settings = parse(given)
+            known.run(known, settings)
     except KeyboardInterrupt:
         print("python -m evals: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -62,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="{run,sweep,compare,report,tasks}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{run,sweep,compare,report,tasks,lm_eval}"
+    )
     run = commands.add_parser("run", help="evaluate models", allow_abbrev=False)
     run.set_defaults(run=_run)
     run.add_argument("--checkpoint", "--model", dest="models", required=True, type=_listed,
@@ -112,7 +121,7 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
     add("--dtype", help="of activations (default: float32 on a CPU, else bfloat16)")
     add("--max-length", type=int, help="most tokens at once (default: the model's)")
     add("--token-budget", type=int, help="tokens of a batch of scoring")
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in AXES:
         add(f"--mesh-{axis}", type=int, help=f"devices of the mesh axis {axis}")
 
 
@@ -159,13 +168,15 @@ def _sweep(known: argparse.Namespace, settings: dict[str, str]) -> None:
 
 
 def _layout(known: argparse.Namespace):
-    sizes = {axis: getattr(known, f"mesh_{axis}") for axis in ("data", "fsdp", "tensor")}
-    asked = {axis: size for axis, size in sizes.items() if size is not None}
-    if not asked:
-        return None
-    from sharding import MeshConfig, make_layout, make_mesh
+    from evals.evaluation import mesh_layout
 
-    return make_layout(make_mesh(MeshConfig(**{"data": 1, **asked})))
+    return mesh_layout(**{axis: getattr(known, f"mesh_{axis}") for axis in AXES})
+
+
+def _lm_eval(arguments: list[str]) -> None:
+    from evals.lm_eval_command import run
+
+    run(arguments)
 
 
 def _compare_all(folders: list[Path]) -> None:

@@ -81,6 +81,8 @@ class InProcess:
         token_budget: tokens of a batch of scoring.
         engine: settings for generation; what is None here follows from the other arguments.
         store: where the fingerprint is kept.
+
+    `scorer` and `client` do the work, for those who have tokens instead of texts.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class InProcess:
         length = max_length or self.checkpoint.config.max_length
         params = prepared(self.checkpoint.params, layout)
         model = Model(params, self.checkpoint.config, Runtime(compute_dtype=dtype, layout=layout))
-        self._scorer = Scorer(model, length, token_budget or (4096 if on_cpu else 65536))
+        self.scorer = Scorer(model, length, token_budget or (4096 if on_cpu else 65536))
         settings = engine or EngineSettings(warm_up=False, max_waiting=4096)
         self._settings = dataclasses.replace(
             settings,
@@ -124,8 +126,8 @@ class InProcess:
             "template": None if template is None else sha256(canonical(template.templates)),
             "code": code_fingerprint(),
             "platform": current_target().platform,
-            "max_length": self._scorer.max_length,
-            "dtype": self._scorer.model.runtime.compute_dtype,
+            "max_length": self.scorer.max_length,
+            "dtype": self.scorer.model.runtime.compute_dtype,
             "cache": numerics["kv_dtype"],
         }
 
@@ -146,7 +148,8 @@ class InProcess:
         }
 
     @functools.cached_property
-    def _client(self) -> EngineClient:
+    def client(self) -> EngineClient:
+        """The engine that goes on with texts; it starts with the first who asks."""
         return EngineClient(Engine(self.checkpoint, self._settings, self._layout))
 
     def answer(self, requests: Sequence[Request], known: Collection[int]) -> Answers:
@@ -162,7 +165,7 @@ class InProcess:
 
     def work(self) -> dict[str, int]:
         """See `Backend`."""
-        done = self._scorer.work
+        done = self.scorer.work
         return {
             "rows": done.rows,
             "tokens": done.tokens,
@@ -172,13 +175,13 @@ class InProcess:
 
     def close(self) -> None:
         """See `Backend`."""
-        if "_client" in vars(self):
-            self._client.engine.close()
+        if "client" in vars(self):
+            self.client.engine.close()
 
     def _pairs(self, requests: Sequence[Loglikelihood], known: Collection[int]) -> Answers:
         pairs = [(each.context, each.continuation) for each in requests]
-        spans = pair_spans(self.tokenizer, pairs, self._scorer.max_length)
-        for group in self._scorer.score(spans, known):
+        spans = pair_spans(self.tokenizer, pairs, self.scorer.max_length)
+        for group in self.scorer.score(spans, known):
             yield [
                 (place, Scored(one.logprob, one.greedy, spans[place].count, spans[place].cut))
                 for place, one in group
@@ -190,7 +193,7 @@ class InProcess:
         encoded = self.tokenizer.encode([each.text for each in requests])
         spans, owners = [], []
         for place, (request, tokens) in enumerate(zip(requests, encoded, strict=True)):
-            window = min(request.window or self._scorer.max_length, self._scorer.max_length)
+            window = min(request.window or self.scorer.max_length, self.scorer.max_length)
             stride = None if request.stride is None else min(request.stride, window)
             found = rolling_spans(prefix, tokens, window, stride)
             spans += found
@@ -205,7 +208,7 @@ class InProcess:
 
         yield [whole(place) for place, count in enumerate(left) if not count]
         skipped = {window for window, place in enumerate(owners) if place in known}
-        for group in self._scorer.score(spans, skipped):
+        for group in self.scorer.score(spans, skipped):
             finished = []
             for window, one in group:
                 place = owners[window]
@@ -215,7 +218,7 @@ class InProcess:
             yield finished
 
     def _generate(self, requests: Sequence[Generate], known: Collection[int]) -> Answers:
-        room = self._settings.max_model_len or self._scorer.max_length
+        room = self._settings.max_model_len or self.scorer.max_length
         calls = {}
         for place, request in enumerate(requests):
             if place not in known:
@@ -228,19 +231,19 @@ class InProcess:
                 params = dataclasses.replace(
                     params_of(request), truncate_prompt_tokens=room - request.max_tokens
                 )
-                calls[place] = functools.partial(generate, self._client, request, params)
+                calls[place] = functools.partial(generate, self.client, request, params)
         for group in as_completed(calls, self._settings.max_waiting):
             self._made += sum(answer.tokens for _, answer in group)
             yield list(group)
 
     def _hidden(self, requests: Sequence[Hidden], known: Collection[int]) -> Answers:
-        scorer = self._scorer
+        scorer = self.scorer
         return hidden_of(
             scorer.model, self.tokenizer, requests, known, scorer.max_length, scorer.token_budget
         )
 
     def _embed(self, requests: Sequence[Embed], known: Collection[int]) -> Answers:
-        return embed(self._client, requests, known)
+        return embed(self.client, requests, known)
 
 
 class Remote:

@@ -21,7 +21,7 @@ from evals.runner import Counts, Options, run
 from evals.store import Store
 from evals.task import Role, Task
 from serving.client import OpenAIClient
-from sharding import Layout
+from sharding import Layout, MeshConfig, make_layout, make_mesh
 
 Model = str | Path | Backend
 
@@ -78,6 +78,12 @@ def evaluate(
                 if backend is not model:
                     backend.close()
     return found
+
+
+def mesh_layout(**sizes: int | None) -> Layout | None:
+    """Of a mesh of so many devices along `data`, `fsdp` and `tensor`; None of no such size."""
+    asked = {axis: size for axis, size in sizes.items() if size is not None}
+    return make_layout(make_mesh(MeshConfig(**{"data": 1, **asked}))) if asked else None
 
 
 def _open(

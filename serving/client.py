@@ -46,10 +46,14 @@ class ClientError(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer: its text, and why it ended (`stop`, `length`, …)."""
+    """One answer: its text, and why it ended (`stop`, `length`, …).
+
+    token_ids: the tokens that it is the text of; a server does not tell them.
+    """
 
     text: str
     finish_reason: str
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class EngineClient:
 
 
 def _choice(output: Output) -> Choice:
-    return Choice(output.text, output.finish_reason or "error")
+    return Choice(output.text, output.finish_reason or "error", tuple(output.token_ids))
 
 
 def _scored(offset: int, entry: TokenLogprob) -> TextToken:
