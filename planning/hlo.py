@@ -27,6 +27,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d+(?:e\d+m\d+\w*)?|pred)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_FUSED = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
@@ -75,11 +76,11 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     computations, entry = _computations(text)
     counts = _counts(computations, entry)
     found: Counter[Collective] = Counter()
-    started = _started(computations)
+    started, fused = _started(computations), set(_FUSED.findall(text))
     for name, lines in computations.items():
         if counts[name]:
-            starts = any(_STARTS in line for line in lines)
-            own = [line for line in lines if starts or _channel(line) not in started]
+            again = name in fused and not any(_STARTS in line for line in lines)
+            own = [line for line in lines if not (again and _channel(line) in started)]
             for each in _in_computation(name, own, mesh):
                 found[each] += counts[name]
     merged = [
@@ -165,8 +166,8 @@ def _callers_first(calls: Mapping[str, list[tuple[str, int]]], entry: str) -> li
 
 
 def _started(computations: Mapping[str, list[str]]) -> set[str | None]:
-    """Channels of collectives that a TPU starts, carries on and ends in computations of their own,
-    each of which shows the collective again.
+    """Channels of collectives that a TPU starts, carries on and ends in fusions of their own, each
+    of which shows the collective again; others may have the same channel.
     """
     return {
         channel
@@ -191,7 +192,7 @@ def _in_computation(
             continue
         _, shape, opcode, rest = parsed.groups()
         if opcode == "send" and "is_host_transfer=true" in rest:
-            dtype, size = _largest(rest)
+            dtype, size = _largest(shape)
             yield Collective("between_slices", dtype, size, 2, (), 1)
         kind = opcode.removesuffix("-start")
         if kind not in KINDS or opcode.endswith("-done"):

@@ -52,9 +52,9 @@ ENTRY %main (x: bf16[2,8]) -> bf16[2,8] {
   %loop = (s32[], bf16[2,8]) while(%x), condition=%condition, body=%body
   %outer = f32[16]{0} all-reduce(%loop), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
   %whole = s8[16]{0} all-reduce(%loop), channel_id=5, replica_groups=[1,8]<=[8], to_apply=%add
-  %part = f32[4]{0} all-to-all(%loop), channel_id=6, replica_groups=mesh['z'=8] {'z':(4)2}
+  %part = f32[4]{0} all-to-all(%loop), channel_id=7, replica_groups=mesh['z'=8] {'z':(4)2}
   %next = f32[4]{0} collective-permute(%loop), channel_id=4, source_target_pairs={{0,1},{1,0}}
-  %far = (f32[8]{0}, u32[]) send(f32[8]{0} %outer), channel_id=9, is_host_transfer=true
+  %far = (f32[8]{0}, u32[]) send(%outer), channel_id=9, is_host_transfer=true
   ROOT %out = bf16[2,8] copy(%x)
 }
 """
