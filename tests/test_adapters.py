@@ -40,21 +40,25 @@ CONFIGS = {
 TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 48
 
 
+QUANTIZE = {
+    "grouped": jax.jit(jax.vmap(lambda w: grouped.quantize(w, 4, 16))),
+    "nf4": jax.jit(jax.vmap(lambda w: normal_float.quantize(w, 16))),
+}
+RUN = jax.jit(forward, static_argnums=(2, 3))
+
+
 def quantized(params, kind):
     """The model's linear layers in a format."""
-    make = {
-        "grouped": lambda w: grouped.quantize(w, 4, 16),
-        "nf4": lambda w: normal_float.quantize(w, 16),
-    }[kind]
+    make = QUANTIZE[kind]
 
     def convert(path, weight):
-        return jax.vmap(make)(weight) if path.endswith("/kernel") and weight.ndim == 3 else weight
+        return make(weight) if path.endswith("/kernel") and weight.ndim == 3 else weight
 
     return map_with_path(convert, params)
 
 
 def logits(config, params):
-    return np.asarray(forward(params, TOKENS, config, Runtime())[0], np.float64)
+    return np.asarray(RUN(params, TOKENS, config, Runtime())[0], np.float64)
 
 
 def disturbed(params, key=1):

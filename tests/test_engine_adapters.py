@@ -45,11 +45,14 @@ def base_checkpoint(params):
     return dataclasses.replace(checkpoint(), config=CONFIG, params=params)
 
 
+QUANTIZE = jax.jit(int8.quantize)
+
+
 def quantized():
     def change(path, leaf):
         if not path.startswith("layers/") or not path.endswith("/kernel"):
             return leaf
-        return stack([int8.quantize(matrix) for matrix in leaf])
+        return stack([QUANTIZE(matrix) for matrix in leaf])
 
     return map_with_path(change, params_of(CONFIG))
 
