@@ -70,23 +70,26 @@ def _run(command) -> int:
     from sharding import initialize_distributed
     from training.command_line import default_workdir
     from training.errors import RunError
+    from training.heartbeat import Heartbeat
     from training.language_model import dry_data, train_language_model
     from training.replay import replay
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
+    heartbeat = Heartbeat.from_environment(command.get("process-id"))
     try:
-        initialize_distributed(
-            command.get("coordinator"), command.get("num-processes"), command.get("process-id")
-        )
-        if "replay" in command.flags:
-            return replay(
-                Path(command.get("replay")), command.get("to-step"), command.get("workdir")
+        with heartbeat:
+            initialize_distributed(
+                command.get("coordinator"), command.get("num-processes"), command.get("process-id")
             )
-        workdir = Path(command.get("workdir") or default_workdir(command.config))
-        if command.get("dry-data"):
-            return dry_data(command.config, workdir)
-        return train_language_model(command.config, workdir).exit_status
+            if "replay" in command.flags:
+                return replay(
+                    Path(command.get("replay")), command.get("to-step"), command.get("workdir")
+                )
+            workdir = Path(command.get("workdir") or default_workdir(command.config))
+            if command.get("dry-data"):
+                return dry_data(command.config, workdir)
+            return train_language_model(command.config, workdir, heartbeat=heartbeat).exit_status
     except (RunError, CheckpointError, ValueError, OSError) as error:
         if os.environ.get("SHEAF_TRACEBACK"):
             raise

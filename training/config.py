@@ -52,6 +52,7 @@ class TrainConfig:
     trainable: regex over parameter paths; the others get no gradient and no optimizer state.
     ema_decay: decay of averaged parameters, evaluated beside the raw ones; 0 keeps none.
     log_every: steps between two lines of metrics.
+    timeline_every: steps that make a row of the timeline, of each process; 0 keeps none.
     profile_start: first step of a profiler trace; -1 takes none.
     profile_steps: steps in the trace.
     """
@@ -71,6 +72,7 @@ class TrainConfig:
     trainable: str = ".*"
     ema_decay: float = 0.0
     log_every: int = 10
+    timeline_every: int = 10
     profile_start: int = -1
     profile_steps: int = 3
 

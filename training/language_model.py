@@ -21,6 +21,7 @@ from model.checkpoint_folder import locate, read_files
 from sharding import Layout, check_heads
 from training.config import ConfigError, RunConfig
 from training.decoders import decoder, staged_decoder
+from training.heartbeat import Heartbeat
 from training.loop import Result, train
 from training.objectives import language_model
 from training.progress import count, duration
@@ -34,7 +35,12 @@ UNROLLED_LAYERS = 16
 
 
 def train_language_model(
-    config: RunConfig, workdir: str | Path, *, stop_at: int | None = None, quiet: bool = False
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    stop_at: int | None = None,
+    quiet: bool = False,
+    heartbeat: Heartbeat | None = None,
 ) -> Result:
     """Train (or resume) the run of a config in a folder; what `python train.py --config=…` does.
 
@@ -54,7 +60,9 @@ def train_language_model(
         f"model: {count(count_parameters(model))} parameters, {count(task.flops_per_token)} FLOPs "
         f"a token; {len(layout.mesh.devices.flat)} x {jax.devices()[0].device_kind}"
     )
-    result = train(task, config, workdir, layout=layout, stop_at=stop_at, quiet=quiet)
+    result = train(
+        task, config, workdir, layout=layout, stop_at=stop_at, quiet=quiet, heartbeat=heartbeat
+    )
     if result.finished and first:
         report(result, config, dataset)
     return result

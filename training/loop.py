@@ -27,6 +27,7 @@ from training.deferral import DeferredStream
 from training.errors import RunError
 from training.evaluation import evaluate
 from training.faults import Action, SpikeDetector, decide
+from training.heartbeat import Heartbeat
 from training.profiler import Profiler
 from training.progress import RunProgress, count
 from training.record import Record, combine
@@ -36,6 +37,7 @@ from training.state import TrainState
 from training.stragglers import StepTimes, gather, stragglers
 from training.task import Batch, Stream, Task
 from training.throughput import Clock, model_flops_utilization
+from training.timeline import Timeline
 from training.watchdog import Watchdog
 
 STRAGGLER_STEPS = 8
@@ -77,11 +79,13 @@ def train(
     layout: Layout | None = None,
     stop_at: int | None = None,
     quiet: bool = False,
+    heartbeat: Heartbeat | None = None,
 ) -> Result:
     """Train a task in a folder, or go on with the run that stands there.
 
-    `stop_at` saves and ends after that many steps, as an interruption would. Raises `RunError` if
-    the folder holds something else, if a fault's policy says stop, or if nothing can be restored.
+    `stop_at` saves and ends after that many steps, as an interruption would. A `heartbeat` tells of
+    each step from here on. Raises `RunError` if the folder holds something else, if a fault's
+    policy says stop, or if nothing can be restored.
     """
     functions = prepare(task, config, layout or run_layout(config))
     with contextlib.ExitStack() as stack:
@@ -95,6 +99,8 @@ def train(
             )
         )
         run = Training(functions, config, record, checkpoints, watchdog)
+        if heartbeat is not None:
+            heartbeat.follow(lambda: {**watchdog.state(), "span": run.timeline.current})
         run.begin()
         visible = jax.process_index() == 0 and not quiet
         run.progress = stack.enter_context(RunProgress(config.train.steps, run.step, visible))
@@ -122,6 +128,7 @@ class Training:
         self.record, self.checkpoints, self.watchdog = record, checkpoints, watchdog
         self.progress = RunProgress(config.train.steps, visible=False)
         self.clock, self.times = Clock(), StepTimes()
+        self.timeline = Timeline(record.folder.timeline, config.train.timeline_every)
         self.profiler = Profiler(record.folder.root / "profile", config.train)
         self.detector = SpikeDetector.from_config(config.faults)
         self.evaluation: dict[str, float] = {}
@@ -170,6 +177,7 @@ class Training:
     def until(self, last: int, stop: GracefulStop) -> None:
         """Take steps up to `last`, or until a signal asks to stop."""
         self.watchdog.beat(self.step, "compile")
+        self.timeline.enter("data")
         self.clock.mark()
         while self.step < last:
             self._take_step()
@@ -178,7 +186,7 @@ class Training:
                 self._settle()  # may roll back, so what is due is asked again
                 self._evaluate_and_save()
             every_host = jax.process_count() == 1 or self._due(self.config.train.log_every)
-            if every_host and stop.anywhere():
+            if every_host and self._asked_to_stop(stop):
                 break
         self._settle()
 
@@ -214,6 +222,7 @@ class Training:
     def close(self) -> None:
         """Stop what runs beside the steps."""
         self.profiler.close()
+        self.timeline.write()
         self._close_batches()
 
     def evaluate(self, limit: int) -> None:
@@ -221,6 +230,7 @@ class Training:
         if self.task.validation is None:
             return
         self.watchdog.beat(self.step, "evaluation")
+        self.timeline.enter("evaluation")
         start = time.perf_counter()
         row = self._evaluate(self.state.params, limit)
         if self.state.ema is not None:
@@ -237,6 +247,7 @@ class Training:
     def save(self) -> None:
         """Start saving the state in the background; blocks while it is copied to the host."""
         self.watchdog.beat(self.step, "checkpoint")
+        self.timeline.enter("checkpoint")
         metrics = {f"validation_{name}": value for name, value in self.evaluation.items()}
         self.checkpoints.save(
             self.step,
@@ -259,10 +270,12 @@ class Training:
         start = time.perf_counter()
         batch = next(self._open_batches())
         data_seconds = time.perf_counter() - start
+        self.timeline.enter("host")
         hashed = self.functions.hash(batch)
         for phase in self.task.phases:
             self.state = phase(self.step, self.state)
         placed = self.functions.put(batch)
+        self.timeline.enter("dispatch" if self.clock.first_step_seconds else "compile")
         dispatch = time.perf_counter()
         self.state, metrics = self.functions.step(self.state, placed, self.task.frozen)
         self._dispatch_seconds = time.perf_counter() - dispatch
@@ -279,10 +292,12 @@ class Training:
 
     def _receive(self, sent: _Sent) -> None:
         """Record a step that has ended, look for faults, and act on them."""
+        self.timeline.enter("wait")
         start = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(sent.metrics).items()}
         # Sending a step may wait for the one before it, as does reading that one's metrics.
         waited = time.perf_counter() - start + self._dispatch_seconds
+        self.timeline.enter("record")
         seconds = self.clock.step()
         if self.clock.step_seconds() is not None:  # the first step is compilation
             self.times.add(seconds, waited)
@@ -299,6 +314,7 @@ class Training:
             self._look_for_stragglers(sent.step)
         self.checkpoints.check()
         self._act(sent.step, values)
+        self.timeline.step(sent.step)
 
     def _act(self, step: int, values: Mapping[str, float]) -> None:
         if values.get("spike"):
@@ -401,7 +417,9 @@ class Training:
         if step % self.config.train.log_every:
             return ""
         parts = np.array([mine >> 32, mine & 0xFFFFFFFF], np.uint32)
+        self.timeline.enter("gather")
         gathered = np.asarray(multihost_utils.process_allgather(parts)).reshape(-1, 2)
+        self.timeline.enter("record")
         return combine([(int(high) << 32) + int(low) for high, low in gathered])
 
     def _note(self, kind: str, **facts: Any) -> None:
@@ -409,11 +427,19 @@ class Training:
         if jax.process_index() == 0:
             self.record.incidents.add(kind, **facts)
 
+    def _asked_to_stop(self, stop: GracefulStop) -> bool:
+        before = self.timeline.current
+        self.timeline.enter("gather")
+        asked = stop.anywhere()
+        self.timeline.enter(before)
+        return asked
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _back_to_steps(self) -> None:
         self.watchdog.beat(self.step)
+        self.timeline.enter("data")
         self.clock.mark()
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
@@ -433,7 +459,10 @@ class Training:
     def _look_for_stragglers(self, step: int) -> None:
         if jax.process_count() == 1 or len(self.times.steps) < STRAGGLER_STEPS:
             return
-        for slow in stragglers(gather(self.times.summary())):
+        self.timeline.enter("gather")
+        gathered = gather(self.times.summary())
+        self.timeline.enter("record")
+        for slow in stragglers(gathered):
             facts = dataclasses.asdict(slow)
             self._note("straggler", step=step, slow_process=facts.pop("process"), **facts)
             self.progress.say(f"step {step}: {slow}")

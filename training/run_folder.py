@@ -8,6 +8,8 @@ RUN/incidents.jsonl     spikes, rollbacks, hangs, restarts, stragglers
 RUN/tensorboard/        the metrics again
 RUN/checkpoints/STEP/   see `model.checkpoint_folder`
 RUN/branches/NAME/      what a rollback has undone
+RUN/timeline/           what each process did when (`training.timeline`)
+RUN/supervisor/         of a supervised run: its state, heartbeats and each worker's output
 RUN/loss.png            the curve
 """
 
@@ -28,6 +30,7 @@ MAY_CHANGE = (
     "name",
     "train.steps",
     "train.log_every",
+    "train.timeline_every",
     "train.profile_start",
     "train.profile_steps",
     "train.remat",
@@ -93,6 +96,16 @@ class RunFolder:
     def branches(self) -> Path:
         """What rollbacks have undone."""
         return self.root / "branches"
+
+    @property
+    def timeline(self) -> Path:
+        """A file of spans for each process."""
+        return self.root / "timeline"
+
+    @property
+    def supervisor(self) -> Path:
+        """What a supervisor keeps."""
+        return self.root / "supervisor"
 
     @property
     def plot(self) -> Path:
@@ -165,9 +178,8 @@ def _within(name: str, parents: tuple[str, ...]) -> bool:
 
 def _foreign(folder: RunFolder) -> list[str]:
     """What lies in a folder without a config and does not come from a run that begins."""
-    return sorted(
-        entry.name for entry in folder.root.iterdir() if entry.name not in ("lock", "data")
-    )
+    own = ("lock", "data", folder.supervisor.name, folder.incidents.name)
+    return sorted(entry.name for entry in folder.root.iterdir() if entry.name not in own)
 
 
 def _another_run(folder: RunFolder, changed: dict[str, list[Any]], refused: list[str]) -> str:

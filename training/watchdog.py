@@ -62,6 +62,12 @@ class Watchdog:
             self._reported = False
             self.incidents.add("recovered", step=step, phase=before[1], seconds=now - before[2])
 
+    def state(self) -> dict[str, Any]:
+        """`step`, `phase`, the seconds `waited` since the last beat, and their `limit`."""
+        step, phase, since = self._now
+        waited = time.monotonic() - since
+        return {"step": step, "phase": phase, "waited": waited, "limit": self.limit(phase)}
+
     def limit(self, phase: str) -> float:
         """Seconds after which a phase counts as hung."""
         if phase != STEP:
