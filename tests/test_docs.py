@@ -16,6 +16,7 @@ import data.__main__ as data_command
 import kernels_pallas.tuning.command_line as kernels_command
 import model.__main__ as model_command
 import serving.command_line as serve_command
+import training.__main__ as training_command
 from data.show import read_run
 from model import ModelConfig, init
 from model.checkpoint import save
@@ -80,6 +81,11 @@ def check_command(
         for name in ("tune", "show"):
             monkeypatch.setattr(kernels_command, name, lambda known: 0)
         assert kernels_command.main(arguments) == 0
+    elif program == "-m training":
+        if len(arguments) > 1:  # else the name of a command, and no line to type
+            flags, _, script = " ".join(arguments).partition(" -- ")
+            training_command._parser().parse_args(flags.split())
+            assert not script or parse(script.split()[1:]).config
     else:
         importlib.import_module(program.removeprefix("-m "))
 
