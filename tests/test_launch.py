@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -103,6 +104,7 @@ def test_a_jobset_is_started_again_as_a_whole_but_not_on_wrong_input(path):
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
     job = replicated["template"]["spec"]
     assert job["backoffLimit"] == 0  # else one pod would come back alone
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
