@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from child_flags import cpu_devices
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import health
@@ -109,6 +109,7 @@ def test_a_host_slower_than_the_median_is_left_out_where_three_or_more_tell():
     assert list(slow_hosts({"a": fast, "b": lame, "c": fast})) == ["b"]
 
 
+@settings(deadline=None, max_examples=32)
 @given(st.integers(2, 33))
 def test_every_link_of_the_ring_is_checked_once_and_no_host_twice_at_a_time(count):
     rounds = neighbours(count)

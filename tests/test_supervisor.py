@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from child_flags import cpu_devices
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_text
 
@@ -310,6 +310,7 @@ def test_a_spare_takes_the_place_of_a_suspect_and_fewer_hosts_go_on_where_there_
     assert choose("abc", "ac", {"a"}, ()) == ("a", "c")
 
 
+@settings(deadline=None)
 @given(
     pool=st.lists(st.sampled_from("abcdefgh"), unique=True),
     before=st.lists(st.sampled_from("abcdefgh"), unique=True),

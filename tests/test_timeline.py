@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.__main__ import main
@@ -147,13 +147,10 @@ def test_spans_cover_all_time_and_a_row_adds_up_its_steps(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@given(
-    slope=st.floats(-10, 10),
-    values=st.lists(st.floats(-1, 1), min_size=9, max_size=20),
-    outlier=st.floats(1e3, 1e6),
-)
-def test_the_slope_is_that_of_the_line_whatever_one_point_is(slope, values, outlier):
-    x = np.arange(len(values), dtype=float)
+@settings(deadline=None, max_examples=25)
+@given(slope=st.floats(-10, 10), count=st.integers(9, 20), outlier=st.floats(1e3, 1e6))
+def test_the_slope_is_that_of_the_line_whatever_one_point_is(slope, count, outlier):
+    x = np.arange(count, dtype=float)
     y = slope * x
-    y[len(values) // 2] += outlier
+    y[count // 2] += outlier
     assert theil_sen(x.tolist(), y.tolist()) == pytest.approx(slope, abs=1e-6)
