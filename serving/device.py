@@ -8,8 +8,10 @@ free: what was sent for its last owner is done before.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from model.layers_apart import can_be_apart, layers_apart
 from serving.memory import Model, choose_pages, make_state, page_bytes
 from serving.outputs import TokenLogprob
 from serving.plan import ScheduledSequence, StepPlan
+from serving.programs import ProgramStore, shapes_of
 from serving.prompt_out import PromptPart
 from serving.request import Request
 from serving.sampling import Sampled, Variant
@@ -35,6 +38,8 @@ from sharding import Layout
 from weights import map_with_path, prepare
 
 ALL = 0xFFFFFFFF
+MOST_THREADS = 8
+"""Programs that are compiled at a time: each takes memory, and one core or more."""
 Shape = tuple[int, int, int, bool, Variant]
 Progress = Callable[[int, int, Shape, float], None]
 """`(programs ready, programs in all, shape of the last, its seconds)`."""
@@ -66,7 +71,7 @@ class Device:
     """Weights and state on the device.
 
     model: with params prepared for its platform. num_pages, page_bytes: pages, and bytes of one.
-    compilations: programs compiled, by phase.
+    compilations: programs compiled, by phase; those that lay on disk are not.
     """
 
     def __init__(
@@ -81,27 +86,62 @@ class Device:
         runtime = Runtime(compute_dtype=resolved.compute_dtype, layout=layout)
         self.model = Model(prepared(params, layout), config, runtime)
         self._shapes, self._room = shapes, settings.room
-        device = jax.local_devices()[0] if layout is None else layout.mesh.devices.flat[0]
+        self._devices = jax.local_devices()[:1] if layout is None else [*layout.mesh.devices.flat]
         self.page_bytes = page_bytes(self.model, resolved)
-        self.num_pages = choose_pages(settings, resolved, self.model, shapes, device)
-        self._state = make_state(
-            self.model.params, self.model, resolved, self.num_pages, settings.room
-        )
+        self.num_pages = choose_pages(settings, resolved, self.model, shapes, self._devices[0])
+        state = make_state(self.model.params, self.model, resolved, self.num_pages, settings.room)
+        # What steps give back has a place, and arrays without one would make programs of their own.
+        self._state = state if layout else jax.device_put(state, self._devices[0])
         self._tenants: dict[int, tuple[Request, int]] = {}
         self._ready: set[Shape] = set()
+        self._programs: dict[Shape, Any] = {}
         self._unmasked: dict[tuple[int, int], jax.Array] = {}
         self.compilations = {"warmup": 0, "serving": 0}
 
-    def warm_up(self, progress: Progress | None = None) -> None:
-        """Compile every program and run it once, on a step in which nothing is computed."""
-        programs = list(self._shapes.all())
+    def warm_up(
+        self, progress: Progress | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Compile every program, or read it from disk, several at a time; then run each once, on a
+        step in which nothing is computed. Once it is `stopped` no more are begun.
+        """
         row = settings_of(SamplingParams(temperature=0.0), self._vocab, room=self._room)
         self._state = admit(self._state, 0, [0], row)
-        for index, (step, variant) in enumerate(programs, 1):
-            began = time.monotonic()
+        steps = {_shape(*program): program for program in self._shapes.all()}
+        model = self.model
+        told = (model.config, model.runtime, shapes_of((model.params, self._state)))
+        store = ProgramStore.beside_jax(self._devices, told)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "compile") as pool:
+            making = {pool.submit(self._make, store, *steps[shape]): shape for shape in steps}
+            for index, done in enumerate(as_completed(making), 1):
+                self._programs[making[done]], seconds = done.result()
+                if progress is not None:
+                    progress(index, len(steps), making[done], seconds)
+                if stopped():
+                    pool.shutdown(cancel_futures=True)
+                    return
+        for step, variant in steps.values():
             jax.block_until_ready(self._run(step, variant, "warmup"))
-            if progress is not None:
-                progress(index, len(programs), _shape(step, variant), time.monotonic() - began)
+
+    def _make(self, store: ProgramStore, step: Step, variant: Variant) -> tuple[Any, float]:
+        """A program, and the seconds that it took."""
+        began, shape = time.monotonic(), _shape(step, variant)
+        program = store.get(shape)
+        if program is None:
+            arrays, options = self._arguments(step, variant)
+            program = run_step.lower(*arrays, **options).compile()
+            self.compilations["warmup"] += 1
+            store.put(shape, program)
+        self._ready.add(shape)
+        return program, time.monotonic() - began
+
+    def _arguments(
+        self, step: Step, variant: Variant, masks: np.ndarray | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What `run_step` takes: arrays, and what is static."""
+        model, masked = self.model, (self._shapes.full, self._shapes.reads)
+        grammar = self._mask(step, masks) if variant in masked else None
+        static = {"config": model.config, "runtime": model.runtime, "variant": variant}
+        return (model.params, self._state, step, grammar), static
 
     def send(
         self,
@@ -118,7 +158,7 @@ class Device:
         for sequence in plan.sequences:
             self._admit(sequence, row_of)
         step, variant = self._shapes.pack(plan.sequences)
-        sampled = self._run(step, variant, "serving", masks)
+        sampled = _asked_for(plan, self._run(step, variant, "serving", masks))
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()
         return Sent(plan, sampled, began)
@@ -127,9 +167,8 @@ class Device:
         """What a step gave, once it is done."""
         rows = [row for row, sequence in enumerate(sent.plan.sequences) if sequence.samples]
         sampled: Sampled = jax.device_get(sent.sampled)
-        tokens, asked = sampled.tokens[rows].tolist(), sent.plan.sampling
-        wanted = any(each.request.params.logprobs is not None for each in asked)
-        told = wanted and sampled.logprobs is not None
+        tokens = sampled.tokens[rows].tolist()
+        told = sampled.logprobs is not None
         found = [logprob_of(sampled, row) for row in rows] if told else None
         read = sampled.read
         parts = [] if read is None else list(_parts(sent.plan.sequences, read))
@@ -154,16 +193,9 @@ class Device:
         if shape not in self._ready:
             self._ready.add(shape)
             self.compilations[phase] += 1
-        model, masked = self.model, (self._shapes.full, self._shapes.reads)
-        self._state, sampled = run_step(
-            model.params,
-            self._state,
-            step,
-            self._mask(step, masks) if variant in masked else None,
-            config=model.config,
-            runtime=model.runtime,
-            variant=variant,
-        )
+        arrays, static = self._arguments(step, variant, masks)
+        program = self._programs.get(shape)
+        self._state, sampled = program(*arrays) if program else run_step(*arrays, **static)
         return sampled
 
     def _mask(self, step: Step, masks: np.ndarray | None) -> Any:
@@ -188,6 +220,14 @@ def prepared(params: Mapping[str, Any], layout: Layout | None = None) -> Mapping
 def choice_row(row: Settings, choice: int) -> Settings:
     """The settings of another of a request's answers."""
     return dataclasses.replace(row, choice=np.int32(choice))
+
+
+def _asked_for(plan: StepPlan, sampled: Sampled) -> Sampled:
+    """What of a step anybody asked for: the rest stays on the device."""
+    read = sampled.read if any(sequence.reads for sequence in plan.sequences) else None
+    if all(each.request.params.logprobs is None for each in plan.sampling):
+        return Sampled(sampled.tokens, read=read)
+    return dataclasses.replace(sampled, read=read)
 
 
 def _shape(step: Step, variant: Variant) -> Shape:

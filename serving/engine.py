@@ -101,7 +101,8 @@ class Engine:
             params = with_adapters(checkpoint, adapters, resolved.compute_dtype, layout)
         self._device = Device(params, self.config, settings, resolved, shapes, layout)
         pool = PagePool(self._device.num_pages, resolved.page_size)
-        scheduler = Scheduler(resolved.scheduler, pool)
+        sizes = {"step_sizes": shapes.mixed.tokens, "step_floor": shapes.floor}
+        scheduler = Scheduler(dataclasses.replace(resolved.scheduler, **sizes), pool)
         counts = histograms(resolved.max_model_len)
         self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
         self._loop = EngineLoop(settings, scheduler, self._device, counts, self._grammars)

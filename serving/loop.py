@@ -192,7 +192,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             if self._settings.warm_up:
-                self._device.warm_up(_log_progress)
+                self._device.warm_up(_log_progress, lambda: self._stopping)
             self._last_turn = time.monotonic()
             self.ready.set()
             while not self._stopping:
@@ -388,4 +388,4 @@ class EngineLoop:
 
 
 def _log_progress(done: int, total: int, shape: object, seconds: float) -> None:
-    logger.info("compiled %d of %d: %s in %.2f s", done, total, shape, seconds)
+    logger.info("program %d of %d: %s in %.2f s", done, total, shape, seconds)

@@ -112,7 +112,8 @@ def sample(logits: Array, rows: Rows, variant: Variant, grammar: Array | None = 
     tokens = most_likely(z)
     forbidden = jnp.take_along_axis(z, tokens[:, None], axis=1)[:, 0] == -jnp.inf
     if variant.draws:
-        tokens, z = _draw(z, tokens, rows)
+        hot = jnp.any(rows.settings.temperature > 0.0)
+        tokens, z = jax.lax.cond(hot, _draw, lambda z, tokens, _: (tokens, z), z, tokens, rows)
     tokens = jnp.where(forbidden, NOTHING, tokens)
     if variant.logprobs is None:
         return Sampled(tokens)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.pages import PagePool, chain_root, extend_chain
-from serving.plan import ScheduledSequence, StepPlan
+from serving.plan import ScheduledSequence, StepPlan, step_tokens
 from serving.queue import POLICIES, Policy, WaitingQueue, rank
 from serving.request import Kind, Request, State
 
@@ -36,6 +36,8 @@ class SchedulerConfig:
     watermark: the fraction of pages that admissions leave free.
     policy: who goes first, "fcfs", "priority" (lower number) or "lpm" (longest cached prefix).
     max_waiting: most requests in the queue. prefix_caching: share pages of equal prefixes.
+    step_sizes: that steps with prompts are padded to, rising to max_num_batched_tokens; none is no
+        matter. step_floor: tokens that the smallest step costs as much as.
     """
 
     max_num_batched_tokens: int = 2048
@@ -45,6 +47,8 @@ class SchedulerConfig:
     policy: Policy = "fcfs"
     max_waiting: int = 1024
     prefix_caching: bool = True
+    step_sizes: tuple[int, ...] = ()
+    step_floor: int = 1
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_waiting"):
@@ -159,9 +163,10 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step; without sequences if nothing can be computed now."""
         sequences: list[ScheduledSequence] = []
-        preempted = self._continue_running(sequences)
+        budget = self._budget()
+        preempted = self._continue_running(sequences, budget)
         if not preempted:
-            self._admit(sequences)
+            self._admit(sequences, budget)
         self.counters.steps += bool(sequences)
         return StepPlan(tuple(sequences), tuple(preempted))
 
@@ -196,11 +201,22 @@ class Scheduler:
         if request.state.finished:
             self._leave(request)
 
+    def _budget(self) -> int:
+        """Most tokens of the next step."""
+        most, sizes = self.config.max_num_batched_tokens, self.config.step_sizes
+        wanted = [self._chunk(request, most) for request in self.running]
+        decodes = wanted.count(1)
+        if self._slots and len(self.waiting):
+            first = self.waiting.in_order(self._num_cached)[: len(self._slots)]
+            wanted += [request.num_known - self._num_cached(request) for request in first]
+        if not sizes or sum(wanted) <= decodes:
+            return most
+        return step_tokens(sum(wanted), decodes, sizes, self.config.step_floor)
+
     # -- running requests
 
-    def _continue_running(self, sequences: list[ScheduledSequence]) -> list[Request]:
+    def _continue_running(self, sequences: list[ScheduledSequence], budget: int) -> list[Request]:
         """Give running requests their tokens; gives those that were preempted."""
-        budget = self.config.max_num_batched_tokens
         preempted: list[Request] = []
         at = 0
         while at < len(self.running):
@@ -256,8 +272,7 @@ class Scheduler:
 
     # -- admission
 
-    def _admit(self, sequences: list[ScheduledSequence]) -> None:
-        budget = self.config.max_num_batched_tokens
+    def _admit(self, sequences: list[ScheduledSequence], budget: int) -> None:
         budget -= sum(sequence.stop - sequence.start for sequence in sequences)
         soon = self._soon_cached()
         for request in self.waiting.in_order(self._num_cached):

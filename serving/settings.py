@@ -141,7 +141,8 @@ def resolve_settings(settings: EngineSettings, config: ModelConfig, platform: st
     stored = settings.kv_dtype or ("float32" if on_cpu else compute)
     slots = settings.max_num_seqs or (16 if on_cpu else 256)
     own = {field.name for field in dataclasses.fields(SchedulerConfig)}
-    given = {name: getattr(settings, name) for name in own if name != "max_num_seqs"}
+    both = own & {field.name for field in dataclasses.fields(EngineSettings)}
+    given = {name: getattr(settings, name) for name in both}
     return Resolved(
         max_model_len=longest,
         page_size=settings.page_size or (128 if platform == "tpu" else 16),

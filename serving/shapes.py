@@ -17,23 +17,26 @@ from serving.settings import EngineSettings, Resolved
 from serving.step import Buckets, Step, pack
 
 SMALLEST_CHUNK, SMALLEST_WIDTH, STEP_UP = 32, 16, 4
+FLOOR, CPU_FLOOR = 256, 16
+"""Tokens whose products take about as long as reading the weights that they are multiplied by."""
 
 
 @dataclass(frozen=True)
 class Shapes:
     """Buckets of steps that only decode, and of all others; and variants of the sampler.
 
-    greedy: no draws. draws: any temperature. full: also log-probabilities, and grammars' masks; one
-    program has both, so that neither adds to the other's. reads: also those of prompts.
+    full: all that a request may ask of its answer; what nobody asks for is skipped as it runs.
+    greedy: nothing of it, where skipping costs time. reads: also what is told of prompts.
+    floor: a step costs at least what so many tokens cost, since it reads all weights.
     """
 
     decode: Buckets
     mixed: Buckets
     page_size: int
     greedy: Variant
-    draws: Variant
     full: Variant
     reads: Variant
+    floor: int
 
     def pack(self, sequences: Sequence[ScheduledSequence]) -> tuple[Step, Variant]:
         """A step's arrays and its sampler, in the smallest shape that holds it."""
@@ -43,21 +46,21 @@ class Shapes:
         return step, self._variant(sequences, decodes)
 
     def _variant(self, sequences: Sequence[ScheduledSequence], decodes: bool) -> Variant:
+        if not decodes:
+            return self.reads
         asked = [sequence.request.params for sequence in sequences if sequence.samples]
         told = any(params.logprobs is not None or params.structured_outputs for params in asked)
-        if told or any(sequence.reads for sequence in sequences):
-            return self.full if decodes else self.reads
-        # A prompt's step is long beside its sampler, and each variant is a program.
         hot = any(params.temperature > 0.0 for params in asked)
-        return self.draws if hot or not decodes else self.greedy
+        return self.full if told or hot else self.greedy
 
     def all(self) -> Iterator[tuple[Step, Variant]]:
         """Every program, as a step in which nothing is computed; the smallest first."""
         for size in self.decode.sequences:
-            yield from self._widths((size, size), False, (self.greedy, self.draws, self.full))
+            variants = dict.fromkeys((self.greedy, self.full))
+            yield from self._widths((size, size), False, tuple(variants))
         for tokens in self.mixed.tokens:
             sizes = (tokens, self.mixed.sequences[-1])
-            yield from self._widths(sizes, True, (self.draws, self.reads))
+            yield from self._widths(sizes, True, (self.reads,))
 
     def largest(self) -> tuple[Step, Variant]:
         """The program that needs most memory."""
@@ -91,18 +94,17 @@ def choose_shapes(
         _completed(sizes, largest)
         for sizes, largest in ((decodes, slots), (chunks, most), (widths, widest))
     )
-    greedy, draws, full = (
-        Variant(draws, count, settings.processed_logprobs, vocab_size=vocab_size)
-        for draws, count in ((False, None), (True, None), (True, settings.max_logprobs))
-    )
+    full = Variant(True, settings.max_logprobs, settings.processed_logprobs, vocab_size=vocab_size)
+    # A device must stop to learn which branch to take; a CPU is there already.
+    greedy = full if on_cpu else dataclasses.replace(full, draws=False, logprobs=None)
     return Shapes(
         decode=Buckets(decodes, decodes, widths),
         mixed=Buckets(chunks, (slots,), widths),
         page_size=resolved.page_size,
         greedy=greedy,
-        draws=draws,
         full=full,
         reads=dataclasses.replace(full, reads=True),
+        floor=CPU_FLOOR if on_cpu else FLOOR,
     )
 
 

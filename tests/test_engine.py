@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_engine import CONFIG, SETTINGS, TOKENIZER, checkpoint, engine_of, params_of
 
 from model import forward, generate, rules
@@ -17,7 +18,7 @@ from model.checkpoint import save
 from serving import Engine, EngineStoppedError, ParameterError, QueueFullError, SamplingParams
 from serving.device import prepared
 from serving.outputs import join, mean_logprob
-from serving.step import run_step
+from serving.step import _admit, run_step
 from sharding import MeshConfig, make_layout, make_mesh, partition
 from weights import LowRank, grouped, map_with_path, stack
 
@@ -219,16 +220,33 @@ def test_prefixes_are_shared_only_under_one_key(engine):
     assert cached("a") == 0
 
 
-def test_once_ready_nothing_is_compiled():
-    with engine_of(warm_up=True) as engine:
-        assert engine.wait_ready(60)
-        compiled = run_step._cache_size()
-        biased = dataclasses.replace(HOT, logit_bias={5: 3.0}, bad_words=("ab",), min_tokens=3)
-        params = [GREEDY, HOT, dataclasses.replace(HOT, logprobs=2), biased]
-        engine.generate([*prompts(12)], params * 3)
-        assert run_step._cache_size() == compiled
-        assert engine.stats().compilations == {"warmup": 5, "serving": 0}
-        assert engine.ready
+def test_once_ready_nothing_is_compiled_and_the_next_start_compiles_nothing(tmp_path, caplog):
+    biased = dataclasses.replace(HOT, logit_bias={5: 3.0}, bad_words=("ab",), min_tokens=3)
+    params = [GREEDY, HOT, dataclasses.replace(HOT, logprobs=2), biased]
+
+    def started(count):
+        with engine_of(warm_up=True) as engine:
+            assert engine.wait_ready(60)
+            traced = run_step._cache_size(), _admit._cache_size()
+            results = engine.generate([*prompts(12)], params * 3)
+            assert (run_step._cache_size(), _admit._cache_size()) == traced
+            assert engine.stats().compilations == {"warmup": count, "serving": 0}
+            assert engine.ready
+        return [result.token_ids for result in results]
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        first = started(2)
+        assert started(0) == first
+        kept = sorted((tmp_path / "programs").iterdir())
+        assert len(kept) == 2
+        kept[0].write_bytes(kept[0].read_bytes()[:99])
+        assert started(1) == first
+        assert "cannot be read" in caplog.text
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 def test_what_waits_or_runs_too_long_ends():
@@ -354,7 +372,9 @@ def test_quantized_and_adapted_checkpoints_are_served(tmp_path):
 def test_a_mesh_serves_the_same():
     layout = make_layout(make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2]))
     placed = jax.device_put(params_of(), partition(params_of(), rules(CONFIG), layout))
-    with Engine(dataclasses.replace(checkpoint(), params=placed), SETTINGS, layout) as engine:
+    settings = dataclasses.replace(SETTINGS, warm_up=True)
+    with Engine(dataclasses.replace(checkpoint(), params=placed), settings, layout) as engine:
+        assert engine.wait_ready(120)
         first = engine.generate(prompts(24)[:3], GREEDY)
         compiled = run_step._cache_size()
         again = engine.generate(prompts(24)[:3], GREEDY)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.pages import PagePool
+from serving.plan import step_tokens
 from serving.request import UNREAD, Kind, Request, State
 from serving.sampling_params import SamplingParams
 from serving.scheduler import QueueFullError, Scheduler, SchedulerConfig
@@ -139,13 +140,14 @@ def workloads(draw):
     pages=st.integers(20, 60),
     budget=st.sampled_from([4, 16, 64]),
     threshold=st.sampled_from([0, 5]),
+    padded=st.booleans(),
     policy=st.sampled_from(["fcfs", "priority", "lpm"]),
     caching=st.booleans(),
     ahead=st.integers(0, 2),
     aborts=st.booleans(),
 )
 def test_every_request_gets_the_text_that_it_gets_alone(
-    workload, pages, budget, threshold, policy, caching, ahead, aborts
+    workload, pages, budget, threshold, padded, policy, caching, ahead, aborts
 ):
     arrivals, rng = workload
     engine = scheduler(
@@ -155,6 +157,7 @@ def test_every_request_gets_the_text_that_it_gets_alone(
         long_prefill_token_threshold=threshold,
         policy=policy,
         prefix_caching=caching,
+        step_sizes=tuple(size for size in (4, 8, 32, 64) if size <= budget) if padded else (),
     )
 
     def leave(_):

@@ -101,7 +101,15 @@ def _decode(
 
     def some(arrays: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         q, table, lengths, positions = arrays
-        return _attend(q, _gather(pages, layer, table), lengths, positions, masks, options)
+
+        def attended() -> tuple[Array, Array]:
+            return _attend(q, _gather(pages, layer, table), lengths, positions, masks, options)
+
+        def nothing() -> tuple[Array, Array]:
+            return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+
+        # Beside prompts few decode: whole groups have none that does.
+        return jax.lax.cond(jnp.any(lengths > 0), attended, nothing)
 
     queries = jnp.take(q, rows, axis=0, mode="clip")[:, None]
     arrays = (queries, page_table, jnp.where(mine, kv_lens, 0), (kv_lens - 1)[:, None])
