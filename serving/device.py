@@ -40,7 +40,7 @@ from weights import map_with_path, prepare
 ALL = 0xFFFFFFFF
 MOST_THREADS = 8
 """Programs that are compiled at a time: each takes memory, and one core or more."""
-Shape = tuple[int, int, int, bool, Variant]
+Shape = tuple[int, int, int, bool, bool, Variant]
 Progress = Callable[[int, int, Shape, float], None]
 """`(programs ready, programs in all, shape of the last, its seconds)`."""
 
@@ -110,7 +110,8 @@ class Device:
         model = self.model
         told = (model.config, model.runtime, shapes_of((model.params, self._state)))
         store = ProgramStore.beside_jax(self._devices, told)
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "compile") as pool:
+        threads = min(os.cpu_count() or 1, MOST_THREADS)
+        with store.without_jaxs(), ThreadPoolExecutor(threads, "compile") as pool:
             making = {pool.submit(self._make, store, *steps[shape]): shape for shape in steps}
             for index, done in enumerate(as_completed(making), 1):
                 self._programs[making[done]], seconds = done.result()
@@ -232,7 +233,7 @@ def _asked_for(plan: StepPlan, sampled: Sampled) -> Sampled:
 
 def _shape(step: Step, variant: Variant) -> Shape:
     sequences, width = step.page_table.shape
-    return step.tokens, sequences, width, step.decodes, variant
+    return step.tokens, sequences, width, step.decodes, step.token_by_token, variant
 
 
 def _parts(

@@ -9,7 +9,8 @@
 
 Requests are checked where they are submitted; a thread of its own (`serving/loop.py`) runs them.
 What a request gets does not depend on what else runs, but for rounding: a step of another size may
-sum in another order, which in float32 changes no token in practice, and in bfloat16 now and then.
+sum in another order, which in float32 changes no token in practice, and in bfloat16 now and then;
+`EngineSettings.deterministic` rules that out.
 """
 
 from __future__ import annotations
@@ -101,8 +102,13 @@ class Engine:
             params = with_adapters(checkpoint, adapters, resolved.compute_dtype, layout)
         self._device = Device(params, self.config, settings, resolved, shapes, layout)
         pool = PagePool(self._device.num_pages, resolved.page_size)
-        sizes = {"step_sizes": shapes.mixed.tokens, "step_floor": shapes.floor}
-        scheduler = Scheduler(dataclasses.replace(resolved.scheduler, **sizes), pool)
+        limits = dataclasses.replace(
+            resolved.scheduler,
+            max_num_batched_tokens=shapes.mixed.tokens[-1],
+            step_sizes=shapes.mixed.tokens,
+            step_floor=shapes.floor,
+        )
+        scheduler = Scheduler(limits, pool)
         counts = histograms(resolved.max_model_len)
         self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
         self._loop = EngineLoop(settings, scheduler, self._device, counts, self._grammars)

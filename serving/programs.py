@@ -8,19 +8,21 @@ So an engine that starts again, after a kill too, is ready about when its weight
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import pickle
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from kernels_pallas.tuning.store import cache_file
 
@@ -47,6 +49,21 @@ class ProgramStore:
         """In the folder of JAX's own cache, if it has one."""
         folder = jax.config.jax_compilation_cache_dir
         return cls(None if folder is None else Path(folder) / "programs", devices, told)
+
+    @contextlib.contextmanager
+    def without_jaxs(self) -> Iterator[None]:
+        """Compile anew what is to be kept: a program for a CPU that comes from JAX's cache lacks
+        functions when it is written again. Other threads have no cache meanwhile either.
+        """
+        before = jax.config.jax_enable_compilation_cache
+        if self._folder is None or not before:
+            yield
+            return
+        _use_jaxs(False)
+        try:
+            yield
+        finally:
+            _use_jaxs(True)
 
     def get(self, told: Any) -> Any:
         """The program, or None. One that cannot be read is as if it were not there."""
@@ -85,6 +102,11 @@ class ProgramStore:
             return None
         name = hashlib.sha256(f"{self._made_of} {told}".encode()).hexdigest()
         return self._folder / f"{name}.program"
+
+
+def _use_jaxs(used: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", used)
+    compilation_cache.reset_cache()  # It asks for the setting once.
 
 
 def drop_oldest(folder: Path, most: int) -> None:

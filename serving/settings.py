@@ -35,6 +35,9 @@ class EngineSettings:
     memory_fraction: of an accelerator's memory, what the engine may take.
     compute_dtype: of activations and products; None is float32 on a CPU, bfloat16 elsewhere.
     kv_dtype: of stored keys and values; None is float32 on a CPU, else the compute type.
+    deterministic: what a request gets does not depend on what else runs, to the bit, in any type of
+        number: all steps are of one shape, of the largest of `chunk_sizes` if given, and prompts
+        take longer.
     async_scheduling: send a step before the last one is read; the text is the same.
     warm_up: compile and run every shape before the engine is ready.
     decode_sizes: most sequences of a step that only decodes, one program each; empty chooses.
@@ -65,6 +68,7 @@ class EngineSettings:
     memory_fraction: float = 0.9
     compute_dtype: str | None = None
     kv_dtype: str | None = None
+    deterministic: bool = False
     async_scheduling: bool = True
     warm_up: bool = True
     decode_sizes: tuple[int, ...] = ()

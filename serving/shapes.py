@@ -28,6 +28,7 @@ class Shapes:
     full: all that a request may ask of its answer; what nobody asks for is skipped as it runs.
     greedy: nothing of it, where skipping costs time. reads: also what is told of prompts.
     floor: a step costs at least what so many tokens cost, since it reads all weights.
+    deterministic: there is one program, in which no sequence changes a bit of another's.
     """
 
     decode: Buckets
@@ -37,13 +38,18 @@ class Shapes:
     full: Variant
     reads: Variant
     floor: int
+    deterministic: bool = False
 
     def pack(self, sequences: Sequence[ScheduledSequence]) -> tuple[Step, Variant]:
         """A step's arrays and its sampler, in the smallest shape that holds it."""
-        decodes = all(each.stop - each.start == 1 and not each.reads for each in sequences)
+        alone = (each.stop - each.start == 1 and not each.reads for each in sequences)
+        decodes = all(alone) and not self.deterministic
         buckets = self.decode if decodes else self.mixed
-        step = pack(sequences, buckets, self.page_size, mixed=not decodes)
-        return step, self._variant(sequences, decodes)
+        return self._pack(sequences, buckets, not decodes), self._variant(sequences, decodes)
+
+    def _pack(self, sequences: Sequence[ScheduledSequence], buckets: Buckets, mixed: bool) -> Step:
+        singly = self.deterministic
+        return pack(sequences, buckets, self.page_size, mixed=mixed, token_by_token=singly)
 
     def _variant(self, sequences: Sequence[ScheduledSequence], decodes: bool) -> Variant:
         if not decodes:
@@ -55,7 +61,7 @@ class Shapes:
 
     def all(self) -> Iterator[tuple[Step, Variant]]:
         """Every program, as a step in which nothing is computed; the smallest first."""
-        for size in self.decode.sequences:
+        for size in () if self.deterministic else self.decode.sequences:
             variants = dict.fromkeys((self.greedy, self.full))
             yield from self._widths((size, size), False, tuple(variants))
         for tokens in self.mixed.tokens:
@@ -73,7 +79,7 @@ class Shapes:
         for width in self.decode.pages:
             buckets = Buckets((tokens,), (sequences,), (width,))
             for variant in variants:
-                yield pack((), buckets, self.page_size, mixed=mixed), variant
+                yield self._pack((), buckets, mixed), variant
 
 
 def choose_shapes(
@@ -87,9 +93,15 @@ def choose_shapes(
     slots, most = resolved.slots, resolved.scheduler.max_num_batched_tokens
     widest = resolved.pages_per_sequence
     on_cpu = platform == "cpu"
+    floor = CPU_FLOOR if on_cpu else FLOOR
     widths = settings.page_widths or (_sizes(SMALLEST_WIDTH, widest) if on_cpu else (widest,))
     decodes = settings.decode_sizes or _sizes(1 if on_cpu else 8, slots, 2)
     chunks = settings.chunk_sizes or _sizes(SMALLEST_CHUNK, most)
+    if settings.deterministic:
+        widths = decodes = ()
+        most = min(most, max(settings.chunk_sizes or (SMALLEST_CHUNK, floor, slots)))
+        most = max(most, slots)
+        chunks = (most,)
     decodes, chunks, widths = (
         _completed(sizes, largest)
         for sizes, largest in ((decodes, slots), (chunks, most), (widths, widest))
@@ -104,7 +116,8 @@ def choose_shapes(
         greedy=greedy,
         full=full,
         reads=dataclasses.replace(full, reads=True),
-        floor=CPU_FLOOR if on_cpu else FLOOR,
+        floor=floor,
+        deterministic=settings.deterministic,
     )
 
 

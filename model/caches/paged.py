@@ -45,6 +45,8 @@ class PagedStep:
     kv_lens: int32[sequences], tokens of each sequence after this step.
     cu_q_lens: int32[sequences + 1], first token of each sequence.
     max_query_length: most tokens of one sequence; 1 for a step that only decodes, None is any.
+    token_by_token: each token attends as one that decodes, so that how a prompt was cut into steps
+        changes no bit of it; prompts take longer.
     """
 
     positions: Array
@@ -55,6 +57,17 @@ class PagedStep:
     kv_lens: Array
     cu_q_lens: Array
     max_query_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+    token_by_token: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def of_tokens(self) -> PagedStep:
+        """The same, with every token a sequence of its own that ends with it."""
+        return dataclasses.replace(
+            self,
+            page_table=self.page_table[self.owners],
+            kv_lens=jnp.where(self.valid, self.positions + 1, 0)[:, 0],
+            cu_q_lens=jnp.arange(len(self.owners) + 1, dtype=jnp.int32),
+            max_query_length=1,
+        )
 
 
 def paged_step(
@@ -65,6 +78,7 @@ def paged_step(
     page_size: int,
     tokens: int,
     max_query_length: int | None = None,
+    token_by_token: bool = False,
 ) -> PagedStep:
     """Where each of `tokens` tokens of a step stands: sequence s owns tokens `cu_q_lens[s]` to
     `cu_q_lens[s + 1]`, the newest of its `kv_lens[s]`; tokens after the last sequence's are
@@ -92,6 +106,7 @@ def paged_step(
         kv_lens,
         cu_q_lens,
         max_query_length,
+        token_by_token,
     )
 
 
@@ -128,9 +143,10 @@ class Paged:
         """
         if implementation is not None:
             options["implementation"] = DECODERS.get(implementation, "plain")
-        options["max_query_length"] = meta.max_query_length
         rotated = encoder.rotate(q, meta.positions)[:, 0]
         rotated = rotated.astype(jnp.promote_types(q.dtype, self.pages.dtype))
+        meta = meta.of_tokens() if meta.token_by_token else meta
+        options["max_query_length"] = meta.max_query_length
         call = functools.partial(_attend, options)
         if layout is not None and layout.mesh.size > 1:
             call = _by_device(call, _dividing(layout, rotated, self.pages))
