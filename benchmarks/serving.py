@@ -166,7 +166,7 @@ def load_once(files: Files, peer: servers.Peer, port: int, clients: int, count: 
         listed.flush()
         settings = LoadSettings(
             url=f"http://127.0.0.1:{port}", requests=count, clients=clients, prompts=listed.name,
-            model=peer.model, ignore_eos=False,
+            model=peer.model, ignore_eos=False, fields=peer.fields,
         )  # fmt: skip
         load = Load(settings)
         asyncio.run(run(load, None, lambda load: None))

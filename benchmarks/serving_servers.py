@@ -18,19 +18,22 @@ from serving.load.http import HttpError, Server
 
 ROOT = Path(__file__).parents[1]
 START_S = 600.0
+GGML_F32 = 0
+"""llama.cpp's number of the type."""
 CONTEXT = 256
 """Tokens of prompt and answer that every server makes room for."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: its name in tables, the command that starts it at a port, and the model's name in
-    requests (None is the first that it lists).
+    """A server: its name in tables, the command that starts it at a port, the model's name in
+    requests (None is the first that it lists), and further fields of them, as JSON.
     """
 
     name: str
     command: tuple[str, ...]
     model: str | None = None
+    fields: str = "{}"
 
 
 def sheaf(files: Files, port: int, *flags: str) -> Peer:
@@ -49,11 +52,15 @@ def transformers(files: Files, port: int, python: str) -> Peer:
 
 
 def llama_cpp(files: Files, port: int, python: str) -> Peer:
-    """llama-cpp-python's server."""
-    options = (f"--port={port}", f"--n_ctx={CONTEXT}", f"--n_threads={os.cpu_count()}")
-    options += (f"--n_threads_batch={os.cpu_count()}", "--model_alias=llama-12m")
+    """llama-cpp-python's server, with keys and values in float32 too. It answers one request after
+    another, and by default breaks one off when the next comes.
+    """
+    threads = os.cpu_count()
+    options = (f"--port={port}", f"--n_ctx={CONTEXT}", f"--n_threads={threads}")
+    options += (f"--n_threads_batch={threads}", "--model_alias=llama-12m")
+    options += (f"--type_k={GGML_F32}", f"--type_v={GGML_F32}", "--interrupt_requests=false")
     command = (python, "-m", "llama_cpp.server", f"--model={files.gguf}", *options)
-    return Peer("llama-cpp-python", command, "llama-12m")
+    return Peer("llama-cpp-python", command, "llama-12m", '{"repeat_penalty": 1.0}')
 
 
 def free_port() -> int:

@@ -326,13 +326,13 @@ class EngineLoop:
         queue, whole = self._settings.queue_timeout_s, self._settings.request_timeout_s
         for track in list(self._tracks.values()):
             age, request = now - track.times.arrival, track.request
-            if whole is not None and age > whole:
+            if queue is not None and age > queue and track.times.started is None:
+                self._end(track, State.FINISHED_ERROR, "queue_timeout")
+            elif whole is not None and age > whole:
                 state = State.FINISHED_LENGTH if request.output else State.FINISHED_ERROR
                 self._end(track, state, "timeout")
             elif track.compiling is not None and track.compiling.late(now):
                 self._refuse(track, track.compiling.refusal(track.grammar_param))
-            elif queue is not None and age > queue and track.times.started is None:
-                self._end(track, State.FINISHED_ERROR, "queue_timeout")
 
     def _end_all(self) -> None:
         self._take_arrived()

@@ -64,7 +64,7 @@ def body_of(planned: Planned, settings: LoadSettings, model: str) -> dict[str, A
         body["ignore_eos"] = True
     if settings.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    return body
+    return body | json.loads(settings.fields)
 
 
 async def send(

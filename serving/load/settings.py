@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import urllib.parse
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class LoadSettings:
     stream: read tokens as they come; without, only whole answers are timed.
     temperature: 0 is greedy.
     ignore_eos: generate all tokens that are asked for, on servers that know the field.
+    fields: a JSON object of further fields of every request, as {"top_p": 0.9}.
     api_key: None takes it from the environment, SHEAF_API_KEY or OPENAI_API_KEY.
     timeout_s: a request that takes longer counts as failed.
     out: where each request is written to, as JSON lines.
@@ -51,6 +53,7 @@ class LoadSettings:
     stream: bool = True
     temperature: float = 0.0
     ignore_eos: bool = True
+    fields: str = "{}"
     api_key: str | None = None
     timeout_s: float = 600.0
     out: str | None = None
@@ -72,5 +75,11 @@ class LoadSettings:
                 raise ValueError(f"{name} is {value}; it must be above 0")
         if self.chat and self.ids:
             raise ValueError("ids is given with chat; messages are texts: leave one of both out")
+        try:
+            listed = isinstance(json.loads(self.fields), dict)
+        except ValueError:
+            listed = False
+        if not listed:
+            raise ValueError(f"fields is {self.fields!r}; it must be a JSON object")
         for name in ("prompt_tokens", "new_tokens"):
             Lengths.parse(name, getattr(self, name))
