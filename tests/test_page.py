@@ -300,6 +300,25 @@ def test_errors_are_told_in_the_words_of_the_server(browser, url):
         expect(page.get_by_role("alert")).to_contain_text("The JSON schema is not JSON")
 
 
+def test_answers_have_the_form_of_a_json_schema(browser, url):
+    pytest.importorskip("llguidance")
+    form = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}}
+    form |= {"required": ["n"], "additionalProperties": False}
+    with visit(browser, url, refused=(400,)) as page:
+        page.locator("#settings summary", has_text="Structured").click()
+        page.locator("#schema").fill(json.dumps(form))
+        page.locator("#seed").fill("5")
+        page.locator("#message").fill("a")
+        body = sent(page, CHAT, page.locator("#send").click)
+        assert body["response_format"]["json_schema"]["schema"] == form
+        ended(page, "#send")
+        assert json.loads(texts(page, ".assistant"))["n"] in range(10)
+        page.locator("#schema").fill('{"type": "number", "multipleOf": "much"}')
+        page.locator("#message").fill("b")
+        page.locator("#send").click()
+        expect(page.get_by_role("alert")).to_contain_text("response_format has a json that cannot")
+
+
 def test_requests_are_shown_as_code_that_runs(browser, url, monkeypatch):
     monkeypatch.setenv("SHEAF_API_KEY", KEY)
     with visit(browser, url) as page:
