@@ -36,6 +36,7 @@ from serving.grammar import Grammars
 from serving.loop import EngineLoop
 from serving.outputs import Answer, EngineStoppedError, Result, TokenLogprob
 from serving.pages import PagePool
+from serving.prompt_out import POOLINGS
 from serving.request import Kind, Request, State
 from serving.sampling_params import (
     PROMPT_ONLY,
@@ -90,6 +91,7 @@ class Engine:
         self.template = loading.template_of(files)
         self.end_ids = loading.end_ids_of(files, self.tokenizer)
         self.defaults = loading.defaults_of(files)
+        self._pooling = settings.pooling or loading.pooling_of(files)
         platform, vocab = current_target().platform, self.config.vocab_size
         if self.tokenizer is not None:
             vocab = min(vocab, self.tokenizer.vocab_size)
@@ -102,13 +104,7 @@ class Engine:
             params = with_adapters(checkpoint, adapters, resolved.compute_dtype, layout)
         self._device = Device(params, self.config, settings, resolved, shapes, layout)
         pool = PagePool(self._device.num_pages, resolved.page_size)
-        limits = dataclasses.replace(
-            resolved.scheduler,
-            max_num_batched_tokens=shapes.mixed.tokens[-1],
-            step_sizes=shapes.mixed.tokens,
-            step_floor=shapes.floor,
-        )
-        scheduler = Scheduler(limits, pool)
+        scheduler = Scheduler(shapes.limits(resolved.scheduler), pool)
         counts = histograms(resolved.max_model_len)
         self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
         self._loop = EngineLoop(settings, scheduler, self._device, counts, self._grammars)
@@ -230,6 +226,9 @@ class Engine:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         adapter_id = self._adapter_id(adapter)
+        if kind is Kind.EMBED and self._pooling not in POOLINGS:
+            right = f"pooled by {' or '.join(POOLINGS)}, as the setting pooling may say"
+            raise ParameterError("input", f"is to be pooled by {self._pooling}", right)
         if kind is not Kind.GENERATE:
             logprobs = params.logprobs or 0 if kind is Kind.SCORE else None
             params = dataclasses.replace(PROMPT_ONLY, logprobs=logprobs)
@@ -259,8 +258,8 @@ class Engine:
                 state=State.WAITING if wanted is None else State.WAITING_GRAMMAR,
             )
             text = None if self.tokenizer is None else TextOut(self.tokenizer, params, prompt)
-            times, pooling = Times(now), self.settings.pooling
-            tracks.append(Track(request, answer, choice_row(row, choice), text, times, pooling))
+            own = (choice_row(row, choice), text, Times(now), self._pooling)
+            tracks.append(Track(request, answer, *own))
         self._loop.submit(tracks)
         if wanted is not None:
             self._loop.guide(tracks, self._grammars.compile(wanted))

@@ -13,12 +13,13 @@ from data.tokenizers.settings import read_json
 from model import read_generation_config
 from model.checkpoint import Checkpoint, load
 from model.checkpoint_folder import CHECKPOINTS, MODEL
-from model.families.importer import import_checkpoint
+from model.families.importer import POOLING, import_checkpoint
 from model.generation_config import GENERATION_CONFIG
 from serving.fields import checkpoint_defaults
 from sharding import Layout
 
-HUB = "hub:"
+HUB, MODE = "hub:", "pooling_mode_"
+_POOLINGS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}
 
 
 def load_checkpoint(source: str | Path, layout: Layout | None = None) -> Checkpoint:
@@ -58,6 +59,16 @@ def end_ids_of(files: Mapping[str, bytes], tokenizer: Tokenizer | None) -> froze
 def defaults_of(files: Mapping[str, bytes]) -> dict[str, Any]:
     """What a checkpoint says of fields that a request leaves out."""
     return checkpoint_defaults(read_json(files, GENERATION_CONFIG))
+
+
+def pooling_of(files: Mapping[str, bytes]) -> str:
+    """How the checkpoint makes one vector of a text, by sentence-transformers' words: "mean" if it
+    does not say, "last", or another that engines do not have.
+    """
+    said = read_json(files, POOLING)
+    modes = [name for name, on in said.items() if on is True and name.startswith(MODE)]
+    mode = said.get("pooling_mode") or "+".join(name.removeprefix(MODE) for name in modes)
+    return _POOLINGS.get(str(mode), str(mode)) if mode else "mean"
 
 
 def _is_theirs(folder: Path) -> bool:

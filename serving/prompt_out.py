@@ -55,7 +55,7 @@ class PromptOut:
         """Those of the prompt's tokens but the first, each with the `top` likeliest."""
         return tuple(each.cut(top) for each in self._logprobs)
 
-    def vector(self, pooling: Pooling) -> np.ndarray:
+    def vector(self, pooling: str) -> np.ndarray:
         """float32[d_model] of length 1: the mean of the hidden states, or the last one."""
         found = self._total if pooling == "mean" else self._last
         assert found is not None

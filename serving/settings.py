@@ -46,7 +46,8 @@ class EngineSettings:
     max_logprobs: most likeliest tokens that a request may ask for.
     processed_logprobs: log-probabilities of what was drawn from, rather than of the model; those of
         prompts are always the model's.
-    pooling: what a text's vector is: the "mean" of its tokens' hidden states, or the "last" one.
+    pooling: what a text's vector is: the "mean" of its tokens' hidden states, or the "last" one;
+        None is what the checkpoint says, or else the mean.
     queue_timeout_s: a request that waited so long ends with an error; None is never.
     request_timeout_s: one that took so long ends with what it has; None is never.
     watchdog_s: with a step that takes longer the engine counts as dead.
@@ -76,7 +77,7 @@ class EngineSettings:
     page_widths: tuple[int, ...] = ()
     max_logprobs: int = 20
     processed_logprobs: bool = False
-    pooling: Pooling = "mean"
+    pooling: Pooling | None = None
     queue_timeout_s: float | None = None
     request_timeout_s: float | None = None
     watchdog_s: float = 300.0
@@ -94,7 +95,7 @@ class EngineSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"memory_fraction is {self.memory_fraction}; it must be in (0, 1]")
-        if self.pooling not in POOLINGS:
+        if self.pooling not in (None, *POOLINGS):
             known = ", ".join(POOLINGS)
             raise ValueError(f"pooling is {self.pooling!r}; it must be one of {known}")
         if self.max_logprobs < 0:

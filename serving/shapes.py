@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from serving.plan import ScheduledSequence
 from serving.sampling import Variant
+from serving.scheduler import SchedulerConfig
 from serving.settings import EngineSettings, Resolved
 from serving.step import Buckets, Step, pack
 
@@ -67,6 +68,12 @@ class Shapes:
         for tokens in self.mixed.tokens:
             sizes = (tokens, self.mixed.sequences[-1])
             yield from self._widths(sizes, True, (self.reads,))
+
+    def limits(self, config: SchedulerConfig) -> SchedulerConfig:
+        """The same limits of a step, with the sizes that it is padded to."""
+        sizes, floor = self.mixed.tokens, self.floor
+        more = {"max_num_batched_tokens": sizes[-1], "step_sizes": sizes, "step_floor": floor}
+        return dataclasses.replace(config, **more)
 
     def largest(self) -> tuple[Step, Variant]:
         """The program that needs most memory."""

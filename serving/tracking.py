@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.grammar import Compiling, Matcher
 from serving.outputs import Answer, Output, TokenLogprob
-from serving.prompt_out import Pooling, PromptOut
+from serving.prompt_out import PromptOut
 from serving.request import Kind, Request, State
 from serving.sampling_settings import Settings
 from serving.stats import Histogram, Times
@@ -32,7 +32,7 @@ class Track:
     row: Settings
     text: TextOut | None
     times: Times
-    pooling: Pooling = "mean"
+    pooling: str = "mean"
     prompt: PromptOut | None = field(init=False)
     num_sent: int = 0
     compiling: Compiling | None = None

@@ -2,16 +2,18 @@
 
 import asyncio
 import dataclasses
+import json
 import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_engine import CONFIG, engine_of, params_of
+from tiny_engine import CONFIG, SETTINGS, TOKENIZER, checkpoint, engine_of, params_of
 
 from model import hidden_states, logits
-from serving import Kind, ParameterError, SamplingParams
+from model.families.importer import POOLING
+from serving import Engine, Kind, ParameterError, SamplingParams
 from serving.outputs import join
 
 LONG = SamplingParams(temperature=1.0, max_tokens=30, seed=1, ignore_eos=True)
@@ -97,6 +99,27 @@ def test_one_text_is_scored_and_made_a_vector_without_an_event_loop():
             engine.score(tokens, logprobs=4)
     with pytest.raises(ValueError, match="pooling is 'max'; it must be one of mean, last"):
         engine_of(pooling="max")
+
+
+def test_vectors_are_made_as_the_checkpoint_says():
+    def said(**modes):
+        return Engine(
+            checkpoint({**TOKENIZER.files(), POOLING: json.dumps(modes).encode()}), SETTINGS
+        )
+
+    tokens = texts(3)[0]
+    off = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
+    for modes in ({**off, "pooling_mode_lasttoken": True}, {"pooling_mode": "lasttoken"}):
+        assert said(**modes)._pooling == "last"
+    with said(**off, pooling_mode_lasttoken=True) as engine:
+        last = told(tokens)[1][-1]
+        found = engine.embed([tokens])[0]
+        np.testing.assert_allclose(found, last / np.linalg.norm(last), atol=1e-5)
+    with (
+        said(pooling_mode="max") as engine,
+        pytest.raises(ParameterError, match="pooled by max; it must be pooled by mean or last"),
+    ):
+        engine.embed([tokens])
 
 
 def test_a_prompt_is_told_once_and_first():

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.checkpoint import Checkpoint, load
 from model.config import ModelConfig
 from model.families.family import Family, config_to_hf
+from model.families.importer import POOLING
 from model.families.keys import FamilyError
 from model.families.plan import (
     Source,
@@ -295,6 +296,7 @@ def _small_files(checkpoint: Checkpoint, values: dict[str, Any]) -> dict[str, by
     files = {}
     for name, content in checkpoint.files.items():
         extra = name.endswith(".jinja") and name != "chat_template.jinja"
-        files[f"additional_chat_templates/{name}" if extra else name] = bytes(content)
+        theirs = "1_Pooling/config.json" if name == POOLING else name
+        files[f"additional_chat_templates/{name}" if extra else theirs] = bytes(content)
     files["config.json"] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
     return files

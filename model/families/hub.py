@@ -31,6 +31,7 @@ SMALL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
+    "1_Pooling/config.json",
     SAFETENSORS.index,
 )
 """Config, tokenizer and the index of the weights; the weights come second, by name."""

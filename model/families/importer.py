@@ -63,6 +63,8 @@ CARRIED = (
     "chat_template.json",
 )
 """Small files that travel with the model, beside `additional_chat_templates/*.jinja`."""
+POOLING = "pooling.json"
+"""What sentence-transformers' `1_Pooling/config.json` is called in a checkpoint."""
 
 
 def import_checkpoint(
@@ -126,7 +128,8 @@ def carried_files(folder: Path) -> dict[str, bytes]:
     """The small files that travel with the model; a template of a subfolder keeps its own name."""
     paths = [folder / name for name in CARRIED]
     paths += sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    names = {path.name: path for path in paths} | {POOLING: folder / "1_Pooling" / "config.json"}
+    return {name: path.read_bytes() for name, path in names.items() if path.is_file()}
 
 
 def read_params(
