@@ -33,7 +33,7 @@ from serving.sampling_params import SamplingParams
 from serving.sampling_settings import Settings, settings_of
 from serving.settings import EngineSettings, Resolved
 from serving.shapes import Shapes
-from serving.step import Step, admit, mask_shape, run_step
+from serving.step import State, Step, admit, mask_shape, run_step
 from sharding import Layout
 from weights import map_with_path, prepare
 
@@ -89,14 +89,19 @@ class Device:
         self._devices = jax.local_devices()[:1] if layout is None else [*layout.mesh.devices.flat]
         self.page_bytes = page_bytes(self.model, resolved)
         self.num_pages = choose_pages(settings, resolved, self.model, shapes, self._devices[0])
-        state = make_state(self.model.params, self.model, resolved, self.num_pages, settings.room)
-        # What steps give back has a place, and arrays without one would make programs of their own.
-        self._state = state if layout else jax.device_put(state, self._devices[0])
+        self._resolved = resolved
+        self._state = self._make_state()
         self._tenants: dict[int, tuple[Request, int]] = {}
         self._ready: set[Shape] = set()
         self._programs: dict[Shape, Any] = {}
         self._unmasked: dict[tuple[int, int], jax.Array] = {}
         self.compilations = {"warmup": 0, "serving": 0}
+
+    def _make_state(self) -> State:
+        model = self.model
+        state = make_state(model.params, model, self._resolved, self.num_pages, self._room)
+        # What steps give back has a place, and arrays without one would make programs of their own.
+        return state if model.runtime.layout else jax.device_put(state, self._devices[0])
 
     def warm_up(
         self, progress: Progress | None = None, stopped: Callable[[], bool] = lambda: False
@@ -104,36 +109,60 @@ class Device:
         """Compile every program, or read it from disk, several at a time; then run each once, on a
         step in which nothing is computed. Once it is `stopped` no more are begun.
         """
-        row = settings_of(SamplingParams(temperature=0.0), self._vocab, room=self._room)
-        self._state = admit(self._state, 0, [0], row)
         steps = {_shape(*program): program for program in self._shapes.all()}
-        model = self.model
+        model, self._state = self.model, self._with_a_request(self._state)
         told = (model.config, model.runtime, shapes_of((model.params, self._state)))
         store = ProgramStore.beside_jax(self._devices, told)
         threads = min(os.cpu_count() or 1, MOST_THREADS)
         with store.without_jaxs(), ThreadPoolExecutor(threads, "compile") as pool:
-            making = {pool.submit(self._make, store, *steps[shape]): shape for shape in steps}
-            for index, done in enumerate(as_completed(making), 1):
-                self._programs[making[done]], seconds = done.result()
-                if progress is not None:
-                    progress(index, len(steps), making[done], seconds)
-                if stopped():
-                    pool.shutdown(cancel_futures=True)
-                    return
+            try:
+                making = {pool.submit(self._make, store, *steps[shape]): shape for shape in steps}
+                for index, done in enumerate(as_completed(making), 1):
+                    seconds = self._take(making[done], *done.result())
+                    if progress is not None:
+                        progress(index, len(steps), making[done], seconds)
+                    if stopped():
+                        return
+            finally:
+                pool.shutdown(cancel_futures=True)
         for step, variant in steps.values():
+            self._try(store, step, variant)
+
+    def _make(self, store: ProgramStore, step: Step, variant: Variant) -> tuple[Any, bool, float]:
+        """A program, whether it was compiled for it, and the seconds that it took."""
+        began, shape = time.monotonic(), _shape(step, variant)
+        found = store.get(shape)
+        program = found or self._compiled(step, variant)
+        if found is None:
+            store.put(shape, program)
+        return program, found is None, time.monotonic() - began
+
+    def _take(self, shape: Shape, program: Any, is_new: bool, seconds: float) -> float:
+        self._programs[shape] = program
+        self._ready.add(shape)
+        self.compilations["warmup"] += is_new
+        return seconds
+
+    def _compiled(self, step: Step, variant: Variant) -> Any:
+        arrays, static = self._arguments(step, variant)
+        return run_step.lower(*arrays, **static).compile()
+
+    def _try(self, store: ProgramStore, step: Step, variant: Variant) -> None:
+        """Run a program once; one from disk that does not run is compiled in its place."""
+        try:
+            jax.block_until_ready(self._run(step, variant, "warmup"))
+        except Exception as error:  # Whatever a program that is not what it says it is raises.
+            shape = _shape(step, variant)
+            if not store.drop(shape, error):
+                raise
+            del self._state  # The program has taken it, whole or not.
+            self._state = self._with_a_request(self._make_state())
+            self._take(shape, self._compiled(step, variant), True, 0.0)
             jax.block_until_ready(self._run(step, variant, "warmup"))
 
-    def _make(self, store: ProgramStore, step: Step, variant: Variant) -> tuple[Any, float]:
-        """A program, and the seconds that it took."""
-        began, shape = time.monotonic(), _shape(step, variant)
-        program = store.get(shape)
-        if program is None:
-            arrays, options = self._arguments(step, variant)
-            program = run_step.lower(*arrays, **options).compile()
-            self.compilations["warmup"] += 1
-            store.put(shape, program)
-        self._ready.add(shape)
-        return program, time.monotonic() - began
+    def _with_a_request(self, state: State) -> State:
+        row = settings_of(SamplingParams(temperature=0.0), self._vocab, room=self._room)
+        return admit(state, 0, [0], row)
 
     def _arguments(
         self, step: Step, variant: Variant, masks: np.ndarray | None = None

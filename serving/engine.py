@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ Prompt = str | Sequence[int]
 Asked = tuple[Prompt, SamplingParams, str | None]
 """A prompt, what is asked of it, and the adapter."""
 RETRY_S, DRAIN_LOOK_S = 0.05, 0.02
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -223,8 +225,8 @@ class Engine:
             EngineStoppedError: the engine takes no more.
             ValueError: the id is here already.
         """
-        loop = asyncio.get_running_loop()
-        now = time.monotonic()
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        request_id = request_id or uuid.uuid4().hex
         adapter_id = self._adapter_id(adapter)
         if kind is Kind.EMBED and self._pooling not in POOLINGS:
             right = f"pooled by {' or '.join(POOLINGS)}, as the setting pooling may say"
@@ -233,10 +235,10 @@ class Engine:
             logprobs = params.logprobs or 0 if kind is Kind.SCORE else None
             params = dataclasses.replace(PROMPT_ONLY, logprobs=logprobs)
         prompt, params = self._resolved(tokens, params, priority)
+        logger.debug("request %s has seed %s", request_id, params.seed)
         wanted = StructuredOutputs.of(params.structured_outputs)
         if wanted is not None:
             self._grammars.check(wanted)
-        request_id = request_id or uuid.uuid4().hex
         answer = Answer(request_id, params, self._loop.abort, loop)
         if params.candidates > params.n and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)  # What candidates are ranked by.

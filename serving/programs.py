@@ -28,6 +28,8 @@ from kernels_pallas.tuning.store import cache_file
 
 ROOMS = ("kernels_pallas", "weights", "sharding", "model", "serving")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+CONFIG = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
+"""JAX's settings that change a program, each after `jax_`."""
 MOST_BYTES = 4 << 30
 """Most that programs take on disk; the ones that were read longest ago go first."""
 logger = logging.getLogger(__name__)
@@ -46,17 +48,17 @@ class ProgramStore:
 
     @classmethod
     def beside_jax(cls, devices: Sequence[Any], told: Sequence[Any]) -> ProgramStore:
-        """In the folder of JAX's own cache, if it has one."""
-        folder = jax.config.jax_compilation_cache_dir
-        return cls(None if folder is None else Path(folder) / "programs", devices, told)
+        """In the folder of JAX's own cache, if it has one on a disk."""
+        folder = _configured("compilation_cache_dir")
+        on_disk = folder is not None and "://" not in folder
+        return cls(Path(folder) / "programs" if on_disk else None, devices, told)
 
     @contextlib.contextmanager
     def without_jaxs(self) -> Iterator[None]:
         """Compile anew what is to be kept: a program for a CPU that comes from JAX's cache lacks
         functions when it is written again. Other threads have no cache meanwhile either.
         """
-        before = jax.config.jax_enable_compilation_cache
-        if self._folder is None or not before:
+        if self._folder is None or not _configured("enable_compilation_cache"):
             yield
             return
         _use_jaxs(False)
@@ -97,11 +99,24 @@ class ProgramStore:
             logger.warning("a program is not kept at %s: %s", path, error)
             part.unlink(missing_ok=True)
 
+    def drop(self, told: Any, error: Exception) -> bool:
+        """Delete a program that does not run; false if it is not there."""
+        path = self._path(told)
+        if path is None or not path.exists():
+            return False
+        logger.warning("%s does not run, so it is compiled again: %s", path, error)
+        path.unlink(missing_ok=True)
+        return True
+
     def _path(self, told: Any) -> Path | None:
         if self._folder is None:
             return None
         name = hashlib.sha256(f"{self._made_of} {told}".encode()).hexdigest()
         return self._folder / f"{name}.program"
+
+
+def _configured(name: str) -> Any:
+    return getattr(jax.config, f"jax_{name}")
 
 
 def _use_jaxs(used: bool) -> None:
@@ -129,14 +144,12 @@ def shapes_of(tree: Any) -> str:
 
 def surroundings(device: Any) -> str:
     """All outside an engine that a program depends on, as text."""
-    config = jax.config
     return str(
         (
             (jax.__version__, jaxlib.__version__, device.client.platform_version),
             (device.device_kind, jax.device_count(), jax.process_index(), _processor()),
             [os.environ.get(name) for name in FLAGS],
-            (config.jax_enable_x64, config.jax_default_matmul_precision),
-            (config.jax_default_prng_impl, config.jax_threefry_partitionable),
+            [_configured(name) for name in CONFIG],
             _digest([cache_file(device.device_kind)]),
             code(),
         )

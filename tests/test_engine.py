@@ -244,6 +244,9 @@ def test_once_ready_nothing_is_compiled_and_the_next_start_compiles_nothing(tmp_
         kept[0].write_bytes(kept[0].read_bytes()[:99])
         assert started(1) == first
         assert "cannot be read" in caplog.text
+        kept[0].write_bytes(kept[1].read_bytes())
+        assert started(1) == first
+        assert "does not run" in caplog.text
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
