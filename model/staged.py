@@ -66,10 +66,13 @@ def run_layers(
     rng: Array | None,
     segment: Segment,
     runtime: Runtime,
+    count: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Layers `first, first + 1, …` of a segment, as many as the stack `[layers, …]` holds.
+    """Layers `first, first + 1, …` of a segment, as many as the stack `[layers, …]` holds, or the
+    first `count` of them: the others are computed and left out.
 
-    `first` may be traced. Returns the residual stream and what layers report, `[layers, …]`.
+    `first` and `count` may be traced. Returns the residual stream and what layers report,
+    `[layers, …]`.
     """
     segment_ids, positions = batch.get("segment_ids"), _positions(batch)
     encoder = PositionEncoder(segment.layer, longest_of(positions, segment_ids)).prepared(positions)
@@ -79,13 +82,13 @@ def run_layers(
         params, index = inputs
         key = None if rng is None else jax.random.fold_in(rng, segment.start + first + index)
         here = dataclasses.replace(context, layer=index, rng=key)
-        x, _, aux = block(params, x, segment.layer, here)
-        return x, aux
+        made, _, aux = block(params, x, segment.layer, here)
+        return made if count is None else jnp.where(index < count, made, x), aux
 
-    count = jax.tree.leaves(stack)[0].shape[0]
-    unroll = min(runtime.scan_unroll or count, count)
+    turns = jax.tree.leaves(stack)[0].shape[0]
+    unroll = min(runtime.scan_unroll or turns, turns)
     body = remat(body, runtime.remat, in_loop=True)  # that over ticks
-    return jax.lax.scan(body, x, (stack, jnp.arange(count)), unroll=unroll)
+    return jax.lax.scan(body, x, (stack, jnp.arange(turns)), unroll=unroll)
 
 
 def leave(params: Params, x: Array, config: ModelConfig, runtime: Runtime) -> Array:

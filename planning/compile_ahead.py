@@ -27,11 +27,11 @@ from planning.collectives import COLLECTIVES, ring_bandwidth, send
 from planning.hardware import HARDWARE, Hardware
 from planning.hlo import Collective, collectives
 from planning.operators import training_flops_per_token
-from sharding import bubble_formula, make_layout, make_mesh
+from sharding import bubble_formula, make_layout
 from training import RunConfig
 from training.decoders import decoder, staged_decoder
 from training.objectives import language_model
-from training.setup import Functions, prepare
+from training.setup import Functions, prepare, run_mesh
 from training.task import FunctionStream, Task, tokens_by_length
 from weights import nearest
 
@@ -178,7 +178,7 @@ def compile_training(config: RunConfig, topology: Topology) -> Plan:
     if config.model is None or config.data is None:
         raise ValueError("config.model and config.data are needed to plan a run")
     devices = described_devices(topology)
-    mesh = make_mesh(config.mesh, devices)
+    mesh = run_mesh(config, devices)
     functions = _functions(config, mesh)
     batch = _abstract_batch(functions, config.data.length)
     began = time.monotonic()

@@ -6,6 +6,7 @@ called, trip counts of loops included. What travels between slices of a TPU pod 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -32,6 +33,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([a-z\-]+)')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\]\))? \{([^}]*)\}")
@@ -48,7 +50,8 @@ class Collective:
     kind: "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "permute" or "between_slices".
     dtype: of its elements. size: bytes of the whole array on each device, gathered or not yet
     scattered. devices: that take part together. axes: of the mesh that they vary along; empty where
-    that cannot be told. count: times in one run of the program.
+    that cannot be told. count: times in one run of the program. part_of: the exchange that a
+    "between_slices" belongs to, by its kind; empty where the compiler does not say.
     """
 
     kind: str
@@ -57,6 +60,7 @@ class Collective:
     devices: int
     axes: tuple[str, ...]
     count: int
+    part_of: str = ""
 
     @property
     def sent(self) -> float:
@@ -83,10 +87,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             own = [line for line in lines if not (again and _channel(line) in started)]
             for each in _in_computation(name, own, mesh):
                 found[each] += counts[name]
-    merged = [
-        Collective(each.kind, each.dtype, each.size, each.devices, each.axes, count * each.count)
-        for each, count in found.items()
-    ]
+    merged = [dataclasses.replace(each, count=count * each.count) for each, count in found.items()]
     return sorted(merged, key=lambda each: -each.sent)
 
 
@@ -193,7 +194,10 @@ def _in_computation(
         _, shape, opcode, rest = parsed.groups()
         if opcode == "send" and "is_host_transfer=true" in rest:
             dtype, size = _largest(shape)
-            yield Collective("between_slices", dtype, size, 2, (), 1)
+            named = _RENDEZVOUS.search(rest)
+            yield Collective(
+                "between_slices", dtype, size, 2, (), 1, _shown(named[1] if named else "")
+            )
         kind = opcode.removesuffix("-start")
         if kind not in KINDS or opcode.endswith("-done"):
             continue
@@ -206,8 +210,11 @@ def _in_computation(
             kind = "reduce-scatter"  # XLA's fusion of an all-reduce with the slice that is kept
         if kind == "collective-permute":
             devices = 2
-        shown = {"collective-permute": "permute"}.get(kind, kind.replace("-", "_"))
-        yield Collective(shown, dtype, size, devices, _axes(groups, mesh), 1)
+        yield Collective(_shown(kind), dtype, size, devices, _axes(groups, mesh), 1)
+
+
+def _shown(kind: str) -> str:
+    return {"collective-permute": "permute"}.get(kind, kind.replace("-", "_"))
 
 
 def _largest(text: str) -> tuple[str, float]:

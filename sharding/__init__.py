@@ -6,6 +6,7 @@ function `constrain` places activations.
 """
 
 from sharding.auto import derive_rules
+from sharding.clusters import Cluster, cluster_mesh, place
 from sharding.constraints import constrain, gather_rows
 from sharding.context import context_attention
 from sharding.distributed import (
@@ -37,10 +38,12 @@ from sharding.pipeline_schedules import (
 )
 from sharding.products import split_linear
 from sharding.rules import Rule, match_rules, override_axes, prefixed, rules_table
+from sharding.stage_layers import check_stage_layers
 
 __all__ = [
     "AXES",
     "TABLE",
+    "Cluster",
     "Layout",
     "MeshConfig",
     "Pipeline",
@@ -56,8 +59,10 @@ __all__ = [
     "check_experts",
     "check_heads",
     "check_layers",
+    "check_stage_layers",
     "chunks_of",
     "circulate",
+    "cluster_mesh",
     "constrain",
     "context_attention",
     "derive_rules",
@@ -73,6 +78,7 @@ __all__ = [
     "override_axes",
     "partition",
     "pipeline_schedule",
+    "place",
     "prefixed",
     "rows_of_process",
     "rules_table",

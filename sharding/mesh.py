@@ -30,7 +30,7 @@ class MeshConfig:
     data: replicas of the model that each take a part of the batch; -1 takes the devices left over.
     fsdp: devices that share one replica's weights and optimizer state and also split the batch.
     expert: devices that a mixture's experts are spread over; other layers split the batch.
-    stage: pipeline stages, each with an equal part of the layers (`sharding.pipeline`).
+    stage: pipeline stages, each with a part of the layers (`sharding.pipeline`).
     context: devices that one sequence is split over.
     tensor: devices that each matrix's heads, feed-forward columns and vocabulary are split over.
     """
@@ -79,10 +79,11 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = tuple((config or MeshConfig()).sizes(len(devices)).values())
-    return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _arrange(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+def arrange(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices in an array of these sizes (of `AXES`), neighbours along the inner axes."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         across = _across_slices(sizes, slices)

@@ -23,9 +23,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.layout import ROLES, Layout
 from sharding.pipeline_schedules import Schedule, chunk_routes
+from sharding.stage_layers import STAGE, padded_stages
 
 Array = jax.Array
-STAGE = "stage"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +61,14 @@ def outside_stages(layout: Layout) -> Layout:
     return dataclasses.replace(layout, **{role: split(getattr(layout, role)) for role in ROLES})
 
 
-def chunks_of(stack: Any, schedule: Schedule, layout: Layout) -> Any:
+def chunks_of(stack: Any, schedule: Schedule, layout: Layout, layers: tuple[int, ...] = ()) -> Any:
     """`[layers, …] -> [v, p, layers / (p v), …]` of every array, the second axis over stages.
 
     With one chunk a stage nothing moves. With v, each stage passes v chunks on, one at a time
-    (`chunk_routes`).
+    (`chunk_routes`). `layers` of each stage, where they are unequal (`padded_stages`).
     """
+    if layers:
+        return padded_stages(stack, layers, layout)
     if schedule.repeats == 1:
         cut = jax.tree.map(lambda x: x.reshape(1, schedule.stages, -1, *x.shape[1:]), stack)
         return _over_stages(cut, layout, axis=1)

@@ -28,10 +28,12 @@ class PipelineConfig:
 
     schedule: "gpipe", "interleaved" (less idle time), or "1f1b" (memory for few micro-batches).
     repeats: chunks of layers on each stage, for "interleaved".
+    layers: of each stage, (26, 22), where stages are not equally fast; empty are equal parts.
     """
 
     schedule: str = "gpipe"
     repeats: int = 1
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -43,6 +45,13 @@ class PipelineConfig:
             raise ValueError(
                 f"pipeline.repeats={self.repeats} needs pipeline.schedule='interleaved', "
                 f"not {self.schedule!r}"
+            )
+        if self.layers and min(self.layers) < 1:
+            raise ValueError(f"pipeline.layers={self.layers}: each stage needs at least one layer")
+        if self.layers and self.repeats > 1:
+            raise ValueError(
+                f"pipeline.layers={self.layers} needs one chunk a stage, not "
+                f"pipeline.repeats={self.repeats}"
             )
 
 

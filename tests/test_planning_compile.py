@@ -54,7 +54,8 @@ ENTRY %main (x: bf16[2,8]) -> bf16[2,8] {
   %whole = s8[16]{0} all-reduce(%loop), channel_id=5, replica_groups=[1,8]<=[8], to_apply=%add
   %part = f32[4]{0} all-to-all(%loop), channel_id=7, replica_groups=mesh['z'=8] {'z':(4)2}
   %next = f32[4]{0} collective-permute(%loop), channel_id=4, source_target_pairs={{0,1},{1,0}}
-  %far = (f32[8]{0}, u32[]) send(%outer), channel_id=9, is_host_transfer=true
+  %far = (f32[8]{0}, u32[], token[]) send(%outer, %token), channel_id=9, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.8_0"}
   ROOT %out = bf16[2,8] copy(%x)
 }
 """
@@ -74,6 +75,8 @@ def test_exchanges_are_counted_as_often_as_loops_run_them_and_named_by_their_axe
         ("between_slices", "f32", 32.0, 2, (), 1),
     }
     assert found[0].sent == 5 * 128 * 3 / 4
+    (far,) = (each for each in found if each.kind == "between_slices")
+    assert far.part_of == "all_reduce"
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("HloModule empty", {"data": 1})
 

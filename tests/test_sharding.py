@@ -33,7 +33,7 @@ from sharding import (
     sharded_init,
     state_shardings,
 )
-from sharding.mesh import _arrange
+from sharding.mesh import arrange
 
 RULES = (
     Rule("embed/table", ("vocab", "d_model")),
@@ -90,7 +90,7 @@ class Chip:
 @pytest.mark.parametrize("sizes", [(4, 1, 1, 1, 1, 4), (2, 4, 1, 1, 1, 2), (1, 1, 1, 4, 1, 4)])
 def test_over_several_slices_only_outer_axes_cross_the_slow_network(sizes):
     chips = [Chip(index, slice_index=index % 4) for index in range(16)]
-    placed = _arrange(sizes, chips)
+    placed = arrange(sizes, chips)
     assert placed.shape == sizes
     for group in placed.reshape(-1, sizes[-1]):
         assert len({chip.slice_index for chip in group}) == 1

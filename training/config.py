@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from data import DataConfig
 from model import POLICIES, ModelConfig
-from sharding import MeshConfig, PipelineConfig, ShardingConfig
+from sharding import Cluster, MeshConfig, PipelineConfig, ShardingConfig
 from training.checkpoints import CheckpointConfig
 from training.faults import FaultConfig
 from training.optimizers import OptimizerConfig
@@ -141,6 +141,8 @@ class RunConfig:
     evaluation: validation while training.
     sample: the text written at the end.
     mesh: how many devices along each axis.
+    clusters: where hosts of several clusters stand, so that only stages reach from one to another:
+        ({"name": "a", "hosts": 4, "link": 25e9}, …); empty is one cluster.
     sharding: which array axis lies on which mesh axis.
     checkpoint: when the state is saved and what is kept.
     faults: what happens on spikes, non-finite values and hangs.
@@ -156,6 +158,7 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     sample: SampleConfig = SampleConfig()
     mesh: MeshConfig = MeshConfig()
+    clusters: tuple[Cluster, ...] = ()
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()

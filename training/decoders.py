@@ -68,8 +68,8 @@ def staged_decoder(config: ModelConfig, runtime: Runtime | None = None) -> Stage
         enter=lambda params, batch, rng, layout: staged.enter(
             params, batch, rng, config, on(layout)
         ),
-        run=lambda params, x, first, batch, rng, layout: staged.run_layers(
-            params, x, first, batch, rng, staged.only_segment(config), on(layout)
+        run=lambda params, x, first, batch, rng, layout, count=None: staged.run_layers(
+            params, x, first, batch, rng, staged.only_segment(config), on(layout), count
         ),
         leave=lambda params, x, layout: staged.leave(params, x, config, on(layout)),
     )

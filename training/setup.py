@@ -5,12 +5,13 @@ restored.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from model import ModelConfig, abstract
 from model.checkpoint import load, stored_params
@@ -21,6 +22,8 @@ from sharding import (
     Layout,
     Rule,
     check_layers,
+    check_stage_layers,
+    cluster_mesh,
     derive_rules,
     global_array,
     make_layout,
@@ -50,7 +53,15 @@ def run_layout(config: RunConfig) -> Layout:
 
     Raises `ValueError` where the mesh does not fit the devices.
     """
-    return make_layout(make_mesh(config.mesh), config.sharding)
+    return make_layout(run_mesh(config), config.sharding)
+
+
+def run_mesh(config: RunConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a config over `devices` (default: all), laid over its clusters if it has any."""
+    if config.clusters:
+        devices = jax.devices() if devices is None else devices
+        return cluster_mesh(config.mesh, config.clusters, devices)
+    return make_mesh(config.mesh, devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +180,10 @@ def staged_step(task: Task, config: RunConfig, layout: Layout) -> StagedStep | N
     if task.model is not None:
         only_segment(task.model)
     check_layers(task.staged.layers, stages, pipeline.repeats)
+    if pipeline.layers:
+        check_stage_layers(pipeline.layers, task.staged.layers, stages)
     schedule = pipeline_schedule(pipeline, stages, config.train.accumulation)
-    return StagedStep(task.staged, schedule, layout)
+    return StagedStep(task.staged, schedule, layout, pipeline.layers)
 
 
 def starting_params(task: Task, config: RunConfig) -> Any:

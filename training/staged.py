@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sharding import (
     Layout,
@@ -41,8 +42,8 @@ class Staged:
     stack: `params -> arrays [layers, …]`; rest: `params -> params` without them.
     join: `(rest, stack) -> params`.
     enter: `(rest, batch, rng, layout) -> x [batch, length, d_model]`.
-    run: `(chunk of the stack, x, first layer, batch, rng, layout) -> (x, aux {name: [layers of the
-        chunk, …]})`.
+    run: `(chunk of the stack, x, first layer, batch, rng, layout, count) -> (x, aux {name: [layers
+        of the chunk, …]})`; only the first `count` layers of the chunk count, all without it.
     leave: `(rest, x, layout) -> outputs`.
     """
 
@@ -57,11 +58,31 @@ class Staged:
 
 @dataclasses.dataclass(frozen=True)
 class StagedStep:
-    """A model, the schedule that its micro-batches follow, and the mesh."""
+    """A model, the schedule that its micro-batches follow, the mesh, and the layers of each stage
+    (empty: equal parts).
+    """
 
     model: Staged
     schedule: Schedule
     layout: Layout
+    layers: tuple[int, ...] = ()
+
+    def chunks(self, stack: Any) -> Any:
+        """Arrays `[layers, …]` as the stages run them (`chunks_of`)."""
+        return chunks_of(stack, self.schedule, self.layout, self.layers)
+
+    @property
+    def chunk(self) -> int:
+        """Layers of a chunk, those that only fill it up included."""
+        equal = self.model.layers // (self.schedule.stages * self.schedule.repeats)
+        return max(self.layers, default=equal)
+
+    def part(self, number: Any) -> tuple[Any, Any]:
+        """`(first layer, how many)` of a chunk; None for as many as it holds."""
+        if not self.layers:
+            return number * self.chunk, None
+        first = np.cumsum((0, *self.layers[:-1]))
+        return jnp.asarray(first)[number], jnp.asarray(self.layers)[number]
 
 
 class _Given:
@@ -139,17 +160,18 @@ def _sides(
     micro-batch.
     """
     model, layout, outside = step.model, step.layout, outside_stages(step.layout)
-    size = model.layers // (step.schedule.stages * step.schedule.repeats)
+    rows = model.layers + step.chunk - min(step.layers, default=step.chunk)
     fixed = model.rest(others)
 
     def start(rest: Any, passed: Any) -> Array:
         return model.enter(merge(rest, fixed), passed[0], passed[1], outside)
 
-    def run(chunk: Any, others: Any, x: Array, passed: Any, first: Any) -> Any:
-        return model.run(merge(chunk, others), x, first, passed[0], passed[1], layout)
+    def run(chunk: Any, others: Any, x: Array, passed: Any, number: Any) -> Any:
+        first, count = step.part(number)
+        return model.run(merge(chunk, others), x, first, passed[0], passed[1], layout, count)
 
     def report(x: Any, passed: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        cut = [jax.tree.map(lambda a: a[:size], model.stack(tree)) for tree in (ours, others)]
+        cut = [jax.tree.map(lambda a: a[: step.chunk], model.stack(t)) for t in (ours, others)]
         return run(cut[0], cut[1], x, passed, 0)[1]
 
     first = jax.tree.map(lambda a: a[0], passed)
@@ -157,20 +179,22 @@ def _sides(
     shapes = jax.eval_shape(report, x, first)
 
     def enter(rest: Any, passed: Any) -> Any:
-        empty = {k: jnp.zeros((model.layers, *a.shape[1:]), a.dtype) for k, a in shapes.items()}
+        empty = {k: jnp.zeros((rows, *a.shape[1:]), a.dtype) for k, a in shapes.items()}
         return start(rest, passed), empty
 
     def stage(chunk: Any, others: Any, message: Any, passed: Any, number: Array) -> Any:
         x, aux = message
-        x, found = run(chunk, others, x, passed, number * size)
+        x, found = run(chunk, others, x, passed, number)
+        first, _ = step.part(number)  # what fills a chunk up, the next stage writes over
         filled = {
-            name: jax.lax.dynamic_update_slice_in_dim(aux[name], value, number * size, 0)
+            name: jax.lax.dynamic_update_slice_in_dim(aux[name], value, first, 0)
             for name, value in found.items()
         }
         return x, filled
 
     def leave(rest: Any, message: Any, passed: Any) -> tuple[Array, Metrics]:
         (x, aux), (batch, rng, share), given = message, passed, _Given()
+        aux = {name: value[: model.layers] for name, value in aux.items()}
         whole = merge(rest, fixed)
 
         def apply(params: Any, of_batch: Any, key: Any) -> Any:
@@ -206,7 +230,7 @@ def _forward(
 ) -> tuple[Array, Metrics]:
     """The sum of the shares of the loss, and the metrics of each micro-batch `[m]`."""
     model, schedule, layout = step.model, step.schedule, step.layout
-    chunks, fixed = (chunks_of(model.stack(tree), schedule, layout) for tree in (ours, others))
+    chunks, fixed = (step.chunks(model.stack(tree)) for tree in (ours, others))
     rest, outside = model.rest(ours), outside_stages(layout)
 
     def leaving(message: Any) -> Any:
@@ -228,7 +252,7 @@ def _alternately(
 ) -> tuple[Any, Metrics]:
     """Each micro-batch back as soon as it has gone forward (1F1B)."""
     schedule, layout = step.schedule, step.layout
-    chunks, fixed = (chunks_of(step.model.stack(tree), schedule, layout) for tree in (ours, others))
+    chunks, fixed = (step.chunks(step.model.stack(tree)) for tree in (ours, others))
     of_chunks, of_rest, metrics = alternate(
         Pipeline(sides.stage, schedule, layout),
         chunks,
@@ -238,5 +262,8 @@ def _alternately(
         sides.enter,
         sides.leave,
     )
-    stack = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), of_chunks)
+    stored = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), step.model.stack(ours)
+    )
+    (stack,) = jax.linear_transpose(step.chunks, stored)(of_chunks)
     return step.model.join(of_rest, stack), metrics
