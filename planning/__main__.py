@@ -2,6 +2,7 @@
 
     python -m planning compile --config=configs/k2_65b.py --topology=v5p:8x8x16
     python -m planning search --config=configs/k2_65b.py --hardware=tpu-v5p --devices=1024
+    python -m planning clusters --config=configs/k2_65b.py --clusters=FILE
     python -m planning roofline --config=configs/llama2_7b.py --hardware=h100 --batch=8
     python -m planning serve --config=configs/llama2_7b.py --hardware=h100,tpu-v5e
 
@@ -66,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--top", type=int, default=8, help="plans to show (default: 8)")
     search.add_argument("--stages", action="store_true", help="consider pipelines too")
 
+    clusters = command("clusters", _clusters, "what should cross the slow network of clusters")
+    clusters.add_argument(
+        "--clusters", required=True, help="a JSON file of them (planning.clusters.read_sites)"
+    )
+
     roofline = command("roofline", _roofline, "time of each operator at least")
     roofline.add_argument("--hardware", required=True, help="a name of the table")
     roofline.add_argument("--batch", type=int, default=1)
@@ -86,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument(
             "--efficiency", type=float, default=1.0, help="of every peak (default: 1)"
         )
-    for each in (search, roofline, serve):
+    for each in (search, clusters, roofline, serve):
         each.add_argument("--hardware-json", help="a file with more hardware")
     for each in (roofline, serve):
         each.add_argument("--weight-bits", type=float, default=16.0)
@@ -132,6 +138,38 @@ def _search(known: argparse.Namespace, config: Any) -> int:
     _print(search_table(f"{config.name}, {batch}, {known.devices} x {name}", found))
     _print(f"\nthe first: {found[0].flags()}")
     _write(known.json, [dataclasses.asdict(each) for each in found])
+    return 0
+
+
+def _clusters(known: argparse.Namespace, config: Any) -> int:
+    from planning.clusters import Job, choose, flags, read_sites
+    from planning.hardware import read_hardware
+    from planning.show import clusters_table, duration, quantity
+
+    job = Job(
+        config.model.resolve(),
+        config.data.batch_size,
+        config.data.length,
+        config.mesh.tensor,
+        config.mesh.context,
+        wide=4 if config.train.compute_dtype == "float32" else 2,
+        remat=config.train.remat != "none",
+    )
+    more = read_hardware(known.hardware_json) if known.hardware_json else {}
+    sites = read_sites(known.clusters, job, more)
+    axis, plans = choose(job, sites)
+    batch = f"{job.batch:,} x {job.length:,} tokens"
+    _print(clusters_table(f"{config.name}, {batch}, {', '.join(sites.counts)}", plans))
+    others = [f"{name} {quantity(each.sent, 'B')}" for name, each in plans.items() if name != axis]
+    than = f" ({', '.join(others)})" if others else "; nothing else fits"
+    _print(f"\n{axis} over the slow network sends least: {quantity(plans[axis].sent, 'B')}{than}")
+    if (chosen := plans[axis]).compute_equal > chosen.compute:
+        _print(
+            f"training makes as many turns in every stage as in the longest, so its layers stay "
+            f"equal: {duration(chosen.compute_equal)} of computing, not {duration(chosen.compute)}"
+        )
+    print(f"train.py: {flags(plans[axis], job, sites)}")
+    _write(known.json, {name: dataclasses.asdict(plan) for name, plan in plans.items()})
     return 0
 
 

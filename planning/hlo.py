@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([a-z\-]+)')
+_MADE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ((?:tuple|copy|constant)\(.*)$")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\]\))? \{([^}]*)\}")
@@ -110,7 +111,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _counts(computations: Mapping[str, list[str]], entry: str) -> Counter[str]:
     """How often each computation runs; a branch counts as if it were always taken."""
     calls = {
-        name: [call for line in lines for call in _calls(line, computations)]
+        name: [call for line in lines for call in _calls(line, lines, computations)]
         for name, lines in computations.items()
     }
     counts: Counter[str] = Counter({entry: 1})
@@ -120,23 +121,26 @@ def _counts(computations: Mapping[str, list[str]], entry: str) -> Counter[str]:
     return counts
 
 
-def _calls(line: str, computations: Mapping[str, list[str]]) -> Iterable[tuple[str, int]]:
+def _calls(
+    line: str, around: Sequence[str], computations: Mapping[str, list[str]]
+) -> Iterable[tuple[str, int]]:
     """`(computation, times)` that an instruction calls; functions that reduce two values are no
-    calls.
+    calls. around: the lines of its own computation.
     """
     parsed = _INSTRUCTION.match(line)
     if parsed is None or parsed[3].startswith(REDUCERS):
         return
-    trips = _trips(line, computations) if parsed[3] == "while" else 1
+    trips = _trips(line, around, computations) if parsed[3] == "while" else 1
     names = [(name, trips) for name in _CALLED.findall(line)]
     if branches := _BRANCHES.search(line):
         names += [(name.strip().lstrip("%"), 1) for name in branches[1].split(",")]
     yield from (each for each in names if each[0] in computations)
 
 
-def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
+def _trips(line: str, around: Sequence[str], computations: Mapping[str, list[str]]) -> int:
     """How often a loop runs: as the compiler notes it, or by the constant that its condition
-    compares with; 1 where neither is there.
+    compares with, less what the counter begins with (a first turn may stand before the loop); 1
+    where neither is there.
     """
     if known := _TRIPS.search(line):
         return int(known[1])
@@ -145,9 +149,28 @@ def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
     bounds = {found[1]: int(found[2]) for each in lines if (found := _BOUND.search(each))}
     for each in lines:
         if "direction=LT" in each:
-            compared = [bounds[name] for name in re.findall(r"%([\w.\-]+)", each) if name in bounds]
-            return max(compared, default=1)
+            names = re.findall(r"%([\w.\-]+)", each)
+            compared = [bounds[name] for name in names if name in bounds]
+            begins = [_begins(line, around, lines, name) for name in names if name not in bounds]
+            return max(compared, default=1) - max(begins, default=0)
     return 1
+
+
+def _begins(line: str, around: Sequence[str], condition: Sequence[str], name: str) -> int:
+    """What a loop's counter, `name` in its condition, begins with; 0 where it is not plain."""
+    index = re.search(
+        rf"%{re.escape(name)} = .* get-tuple-element\(.*index=(\d+)", "\n".join(condition)
+    )
+    operand = re.search(r" while\(%([\w.\-]+)\)", line)
+    if index is None or operand is None:
+        return 0
+    made = {found[1]: found[2] for each in around if (found := _MADE.match(each))}
+    inputs = re.findall(r"%([\w.\-]+)", made.get(operand[1], ""))
+    value = inputs[int(index[1])] if int(index[1]) < len(inputs) else ""
+    while found := re.match(r"copy\(%([\w.\-]+)", made.get(value, "")):
+        value = found[1]
+    constant = re.match(r"constant\((\d+)\)", made.get(value, ""))
+    return int(constant[1]) if constant else 0
 
 
 def _callers_first(calls: Mapping[str, list[tuple[str, int]]], entry: str) -> list[str]:
@@ -180,7 +203,8 @@ def _started(computations: Mapping[str, list[str]]) -> set[str | None]:
 
 
 def _channel(line: str) -> str | None:
-    found = _CHANNEL.search(line)
+    """The channel of a collective; sends between slices number theirs apart."""
+    found = None if " send(" in line else _CHANNEL.search(line)
     return found[1] if found else None
 
 

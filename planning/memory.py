@@ -114,7 +114,7 @@ def training_memory(
 
 def stage_parameters(config: ModelConfig, stages: int) -> float:
     """Trained values on one pipeline stage: its layers, and all that stands outside the layers."""
-    outside = _outside(config)
+    outside = outside_parameters(config)
     return (parameters_of(config) - outside) / stages + outside
 
 
@@ -132,7 +132,8 @@ def _held(schedule: Schedule | None, one_pass: float, one_input: float) -> float
 
 
 @functools.cache
-def _outside(config: ModelConfig) -> int:
+def outside_parameters(config: ModelConfig) -> int:
+    """Trained values that stand outside the layers: embedding, head, final norm."""
     return sum(math.prod(spec.shape) for spec, segment in describe(config).values() if not segment)
 
 
@@ -143,7 +144,7 @@ def inference_memory(
     `batch` sequences of `length` tokens (of a sliding window no more than it sees).
     """
     bits = bits or Bits()
-    outside = _outside(config)
+    outside = outside_parameters(config)
     weights = (parameters_of(config) - outside) * bits.weights / 8 + outside * bits.head / 8
     cache = 0.0
     for segment in config.segments:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from planning.roofline import Timed, merged, seconds
 from sharding.mesh import AXES
 
 if TYPE_CHECKING:
+    from planning.clusters import Crossing
     from planning.compile_ahead import Plan
     from planning.search import Candidate
 
@@ -113,6 +114,30 @@ def search_table(title: str, found: Sequence[Candidate]) -> Table:
         )
     columns = ("mesh", "rows", "micro", "remat", "GiB", "step", "sums", "network", "bubble", "MFU")
     return table(title, columns, rows)
+
+
+def clusters_table(title: str, plans: Mapping[str, Crossing]) -> Table:
+    """A row an axis that may cross the slow network: bytes over it in a step, activations and
+    gradients; seconds of computing with layers by speed and with equal ones, and of the network.
+    """
+    rows = []
+    for axis, each in plans.items():
+        stages = [f"{n} {count}" for n, count in zip(each.clusters, each.layers, strict=False)]
+        rows.append(
+            (
+                axis,
+                ", ".join(stages) if each.stages > 1 else str(each.layers[0]),
+                f"{each.micro_batches} {each.schedule}".strip(),
+                quantity(each.messages, "B"),
+                quantity(each.sums, "B"),
+                duration(each.compute),
+                duration(each.compute_equal),
+                duration(each.network),
+                f"{each.memory / GIB:.1f}",
+            )
+        )
+    columns = ("crosses", "layers by speed", "micro", "messages", "gradients")
+    return table(title, (*columns, "computing", "equal layers", "network", "GiB"), rows)
 
 
 def plan_text(plan: Plan) -> list[Any]:

@@ -36,11 +36,14 @@ class Pipeline:
         shapes; the gradient is taken of what is in `chunk`.
     schedule: which stage works on what in which tick.
     layout: the mesh, with an axis `stage` of as many devices as the schedule has stages.
+    repeated: whether every stage makes what enters the first and leaves the last itself; messages
+        that enter or leave then have an axis `[p]`, of which the others' are not read.
     """
 
     stage: Callable[[Any, Any, Any, Any, Array], Any]
     schedule: Schedule
     layout: Layout
+    repeated: bool = False
 
     def __post_init__(self) -> None:
         devices = self.layout.mesh.shape.get(STAGE, 1)
@@ -48,6 +51,14 @@ class Pipeline:
             raise ValueError(
                 f"the schedule has {self.schedule.stages} stages, mesh.stage is {devices}"
             )
+
+    def entering(self, message: Any) -> Any:
+        """What enters the first stage, with an axis over stages."""
+        return message if self.repeated else _broadcast(message)
+
+    def at(self, held: Any, stage: int) -> Any:
+        """Of what stages hold that of one, or all where outside parts are repeated."""
+        return held if self.repeated else _at(held, stage)
 
 
 def outside_stages(layout: Layout) -> Layout:
@@ -116,8 +127,8 @@ def circulate(
         chunks: arrays `[v, p, layers of a chunk, …]` that train (`chunks_of`); fixed: those that do
             not.
         micro: what stages read of each micro-batch, arrays `[m, …]`.
-        messages: what enters the first stage, arrays `[m, …]`.
-        leaving: places what leaves the last stage.
+        messages: what enters the first stage, arrays `[m, …]`; `[m, p, …]` of a `repeated` one.
+        leaving: places what leaves the last stage, `[…]` or `[p, …]`.
     """
     schedule, layout = pipeline.schedule, pipeline.layout
     assert not schedule.first_first, "1F1B is run by `alternate`"
@@ -128,17 +139,18 @@ def circulate(
         number = jnp.clip(count - stages, 0, schedule.items - 1)
         index, repeat = schedule.item(number)
         entering = jax.tree.map(lambda x: x[index[0]], messages)
-        held = _where((stages == 0) & (repeat == 0), _broadcast(entering), held)
+        held = _where((stages == 0) & (repeat == 0), pipeline.entering(entering), held)
         held = _over_stages(held, layout)
         ours, others = jax.tree.map(lambda x: _chunk(x, repeat), (chunks, fixed))
         of_micro = jax.tree.map(lambda x: x[index], micro)
         number = repeat * schedule.stages + stages
         held = work(ours, others, held, of_micro, number)
         held = _over_stages(held, layout)
-        return _over_stages(_shift(held, 1), layout), leaving(_at(held, schedule.stages - 1))
+        left = leaving(pipeline.at(held, schedule.stages - 1))
+        return _over_stages(_shift(held, 1, schedule.repeats > 1), layout), left
 
     first = jax.lax.stop_gradient(jax.tree.map(lambda x: x[0], messages))
-    start = _over_stages(_repeated(first, schedule.stages), layout)
+    start = _over_stages(_repeated(pipeline.entering(first), schedule.stages), layout)
     _, left = jax.lax.scan(tick, start, jnp.arange(schedule.forward_ticks))
     ticks = np.asarray(schedule.leaving())
     return jax.tree.map(lambda x: x[ticks], left)
@@ -164,7 +176,8 @@ def alternate(
         chunks, fixed, micro: as in `circulate`.
         rest: trained arrays outside the stages.
         enter: `(rest, one micro-batch) -> message`.
-        leave: `(rest, message, one micro-batch) -> (scalar, metrics)`.
+        leave: `(rest, message, one micro-batch) -> (scalar, metrics)`. Of a `repeated` pipeline,
+            messages and what the gradient of `rest` is taken of have an axis `[p]`.
 
     Returns:
         float32 gradients of the sum of the scalars, of `chunks` and of `rest`, and the metrics
@@ -196,7 +209,7 @@ def alternate(
     (held, kept), _ = jax.lax.scan(warm, (held, kept), jnp.arange(p - 1))
     back = jax.tree.map(jnp.zeros_like, held)
     (_, kept, back, sums), metrics = jax.lax.scan(steady, (held, kept, back, sums), jnp.arange(m))
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), back)
+    nothing = jax.tree.map(jnp.zeros_like, pipeline.at(back, 0))
 
     def cool(carry: Any, count: Array) -> tuple[Any, None]:
         return passes.backward(carry[0], kept, carry[1], count, nothing), None
@@ -242,7 +255,7 @@ class _Passes:
         """What stages hold before the first tick, and slots in which nothing is kept."""
         schedule = self.pipeline.schedule
         first = self.enter(self.rest, self.of(jnp.int32(0)))
-        held = self.place(_repeated(first, schedule.stages))
+        held = self.place(_repeated(self.pipeline.entering(first), schedule.stages))
         lead = (schedule.stages, self.slots)
         kept = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape[1:]), x.dtype), held)
         return held, self.place(kept)
@@ -252,7 +265,7 @@ class _Passes:
         last, stages = self.pipeline.schedule.stages - 1, self.stages
         index = jnp.clip(count - stages, 0, self.pipeline.schedule.micro_batches - 1)
         entering = self.enter(self.rest, self.of(index[0]))
-        held = self.place(_where(stages == 0, _broadcast(entering), held))
+        held = self.place(_where(stages == 0, self.pipeline.entering(entering), held))
 
         def keep(slots: Array, one: Array) -> Array:
             return jax.lax.dynamic_update_index_in_dim(slots, one, count % self.slots, 1)
@@ -260,7 +273,7 @@ class _Passes:
         kept = jax.tree.map(keep, kept, held)
         work = jax.vmap(self.pipeline.stage, spmd_axis_name=STAGE)
         made = self.place(work(self.ours, self.others, held, self.of(index), stages))
-        return self.place(_shift(made, 1)), kept, _at(made, last)
+        return self.place(_shift(made, 1)), kept, self.pipeline.at(made, last)
 
     def backward(
         self, back: Any, kept: Any, sums: Any, count: Array, leaving: Any
@@ -271,7 +284,7 @@ class _Passes:
         schedule, stages = self.pipeline.schedule, self.stages
         number = count - (schedule.stages - 1 - stages)
         index = jnp.clip(number, 0, schedule.micro_batches - 1)
-        back = _where(stages == schedule.stages - 1, _broadcast(leaving), back)
+        back = _where(stages == schedule.stages - 1, self.pipeline.entering(leaving), back)
         real = (number >= 0) & (number < schedule.micro_batches)
         back = _where(real, back, jax.tree.map(jnp.zeros_like, back))
         slot = (index + stages) % self.slots  # item n of stage s went forward in tick n + s
@@ -280,7 +293,8 @@ class _Passes:
         of_chunks, back = pull(self.ours, self.others, inputs, back, self.of(index), stages)
         back = self.place(back)
         _, pull = jax.vjp(lambda rest: self.enter(rest, self.of(index[0])), self.rest)
-        (of_rest,) = pull(_at(back, 0))
+        first = _where(stages == 0, back, jax.tree.map(jnp.zeros_like, back))
+        (of_rest,) = pull(self.pipeline.at(first, 0))
         return self.place(_shift(back, -1)), _add(sums, (of_chunks, of_rest))
 
     def _pull(self, ours: Any, others: Any, message: Any, back: Any, of: Any, stage: Array) -> Any:
@@ -315,9 +329,16 @@ def _slot(x: Array, slot: Array) -> Array:
     return jax.vmap(lambda mine, turn: mine[turn])(x, slot)
 
 
-def _shift(tree: Any, by: int) -> Any:
-    """Every stage's part to the next one (1) or the one before (-1), around the ring."""
-    return jax.tree.map(lambda x: _rolled(x, by), tree)
+def _shift(tree: Any, by: int, around: bool = False) -> Any:
+    """Every stage's part to the next one (1) or the one before (-1). The last one's leaves, or goes
+    `around` the ring; to where nobody's goes come zeros.
+    """
+    return jax.tree.map(lambda x: _rolled(x, by) if around else _moved(x, by), tree)
+
+
+def _moved(x: Array, by: int) -> Array:
+    rest = [(0, 0, 0)] * (x.ndim - 1)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(by, -by, 0), *rest])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -348,7 +369,7 @@ def _where(chosen: Array, tree: Any, others: Any) -> Any:
 
 
 def _repeated(tree: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), tree)
 
 
 def _add(sums: Any, more: Any) -> Any:

@@ -29,11 +29,14 @@ class PipelineConfig:
     schedule: "gpipe", "interleaved" (less idle time), or "1f1b" (memory for few micro-batches).
     repeats: chunks of layers on each stage, for "interleaved".
     layers: of each stage, (26, 22), where stages are not equally fast; empty are equal parts.
+    outside: embedding, head and loss are "shared" by the stages, a part of the length each, or
+        "repeated" by every stage, so that over slow links only messages pass from stage to stage.
     """
 
     schedule: str = "gpipe"
     repeats: int = 1
     layers: tuple[int, ...] = ()
+    outside: str = "shared"
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -46,6 +49,9 @@ class PipelineConfig:
                 f"pipeline.repeats={self.repeats} needs pipeline.schedule='interleaved', "
                 f"not {self.schedule!r}"
             )
+        if self.outside not in ("shared", "repeated"):
+            near = nearest(self.outside, ("shared", "repeated")) or "shared, repeated"
+            raise ValueError(f"pipeline.outside={self.outside!r}: no such one; nearest: {near}")
         if self.layers and min(self.layers) < 1:
             raise ValueError(f"pipeline.layers={self.layers}: each stage needs at least one layer")
         if self.layers and self.repeats > 1:

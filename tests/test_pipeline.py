@@ -54,8 +54,10 @@ def _objective(config):
 def _staged(config, layout, schedule, micro, remat="none"):
     stages = layout.mesh.shape["stage"]
     runtime = Runtime(layout=layout, remat=remat)
-    order = pipeline_schedule(PipelineConfig(*schedule), stages, micro)
-    return StagedStep(staged_decoder(config, runtime), order, layout)
+    settings = PipelineConfig(*schedule)
+    order = pipeline_schedule(settings, stages, micro)
+    repeated = settings.outside == "repeated"
+    return StagedStep(staged_decoder(config, runtime), order, layout, settings.layers, repeated)
 
 
 def _frozen_norms(path):
@@ -77,10 +79,17 @@ def _alone(config, micro):
 CASES = {
     "gpipe-4": (PLAIN, ("gpipe",), {"stage": 4, "data": 2}, 4),
     "gpipe-fsdp-tensor": (PLAIN, ("gpipe",), {"stage": 2, "fsdp": 2, "tensor": 2}, 4),
+    "gpipe-repeated": (PLAIN, ("gpipe", 1, (), "repeated"), {"stage": 4, "data": 2}, 4),
     "gpipe-mixture": (MIXTURE, ("gpipe",), {"stage": 2, "expert": 2, "tensor": 2}, 4),
     "interleaved": (PLAIN, ("interleaved", 2), {"stage": 2, "context": 2, "fsdp": 2}, 4),
     "1f1b-4": (PLAIN, ("1f1b",), {"stage": 4, "tensor": 2}, 8),
     "1f1b-fsdp-tensor": (PLAIN, ("1f1b",), {"stage": 2, "fsdp": 2, "tensor": 2}, 4),
+    "1f1b-unequal-repeated": (
+        PLAIN,
+        ("1f1b", 1, (1, 3), "repeated"),
+        {"stage": 2, "data": 2, "tensor": 2},
+        4,
+    ),
     "1f1b-mixture": (MIXTURE, ("1f1b",), {"stage": 2, "expert": 2, "data": 2}, 4),
 }
 

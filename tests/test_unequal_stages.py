@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import MIXTURE, PLAIN, _config, _frozen_norms, _objective
+from test_pipeline import MIXTURE, _config, _frozen_norms, _objective, _staged
 from test_sharded_step import _batches, _layout, fast_compile
 from tiny import tiny_config, write_text
 
-from model import Runtime, abstract, init, rules
+from model import abstract, init, rules
 from model.checkpoint import load
 from planning.stages import slowest, split_layers
-from sharding import PipelineConfig, check_stage_layers, partition, pipeline_schedule
+from sharding import PipelineConfig, check_stage_layers, partition
 from sharding.stage_layers import moves
 from training import train_language_model
-from training.decoders import decoder, staged_decoder
-from training.staged import StagedStep, staged_gradients
+from training.decoders import decoder
+from training.staged import staged_gradients
 from training.step import batch_gradients, micro_batches
 from training.trainable import merge, split_trainable
 from weights import flatten
@@ -87,6 +87,7 @@ def test_every_layer_reaches_the_stage_that_runs_it(stages, part, data):
     ("fields", "said"),
     [
         ({"layers": (3, 0)}, r"layers=\(3, 0\): each stage needs at least one layer"),
+        ({"outside": "repeat"}, "nearest: .*repeated"),
         ({"layers": (3, 5), "schedule": "interleaved", "repeats": 2}, "one chunk a stage"),
     ],
 )
@@ -102,25 +103,11 @@ def test_layers_that_do_not_fit_the_model_or_the_mesh_are_named():
         check_stage_layers((4, 5), 8, 2)
 
 
-def _step(config, mesh, schedule, layers):
-    layout = _layout(config, **mesh)
-    order = pipeline_schedule(PipelineConfig(schedule), mesh["stage"], 4)
-    return StagedStep(staged_decoder(config, Runtime(layout=layout)), order, layout, layers)
-
-
-CASES = {
-    "gpipe-mixture": (MIXTURE, "gpipe", {"stage": 2, "expert": 2, "tensor": 2}, (3, 5)),
-    "1f1b": (PLAIN, "1f1b", {"stage": 4, "data": 2}, (1, 4, 1, 2)),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_loss_metrics_and_gradients_are_those_of_one_device(case):
-    fields, schedule, mesh, layers = CASES[case]
-    config = _config(num_layers=8, **fields)
-    step = _step(config, mesh, schedule, layers)
-    layout = step.layout
+def test_loss_metrics_and_gradients_are_those_of_one_device():
+    config = _config(num_layers=8, **MIXTURE)
+    layout = _layout(config, stage=2, expert=2, tensor=2)
+    step = _staged(config, layout, ("gpipe", 1, (3, 5)), 4)
     whole = init(config, jax.random.key(0))
     ours, others = split_trainable(whole, _frozen_norms)
     objective = _objective(config)

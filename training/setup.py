@@ -183,7 +183,9 @@ def staged_step(task: Task, config: RunConfig, layout: Layout) -> StagedStep | N
     if pipeline.layers:
         check_stage_layers(pipeline.layers, task.staged.layers, stages)
     schedule = pipeline_schedule(pipeline, stages, config.train.accumulation)
-    return StagedStep(task.staged, schedule, layout, pipeline.layers)
+    return StagedStep(
+        task.staged, schedule, layout, pipeline.layers, pipeline.outside == "repeated"
+    )
 
 
 def starting_params(task: Task, config: RunConfig) -> Any:

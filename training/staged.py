@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import (
     Layout,
@@ -31,6 +32,7 @@ from training.trainable import merge
 
 Array = jax.Array
 Batch = Mapping[str, Any]
+STAGE = "stage"
 HIDDEN = ("batch", "length", "hidden")
 
 
@@ -58,14 +60,24 @@ class Staged:
 
 @dataclasses.dataclass(frozen=True)
 class StagedStep:
-    """A model, the schedule that its micro-batches follow, the mesh, and the layers of each stage
-    (empty: equal parts).
+    """A model, the schedule that its micro-batches follow, the mesh, the layers of each stage
+    (empty: equal parts), and whether each stage runs embedding, head and loss itself.
     """
 
     model: Staged
     schedule: Schedule
     layout: Layout
     layers: tuple[int, ...] = ()
+    repeated: bool = False
+
+    @property
+    def outside(self) -> Layout:
+        """The layout of what runs outside the stages."""
+        return self.layout if self.repeated else outside_stages(self.layout)
+
+    def pipeline(self, sides: _Sides) -> Pipeline:
+        """What runs between the sides."""
+        return Pipeline(sides.stage, self.schedule, self.layout, self.repeated)
 
     def chunks(self, stack: Any) -> Any:
         """Arrays `[layers, …]` as the stages run them (`chunks_of`)."""
@@ -159,7 +171,7 @@ def _sides(
     `rest` are the trained arrays outside the stages, `passed` is `(batch, key, share)` of one
     micro-batch.
     """
-    model, layout, outside = step.model, step.layout, outside_stages(step.layout)
+    model, layout, outside = step.model, step.layout, step.outside
     rows = model.layers + step.chunk - min(step.layers, default=step.chunk)
     fixed = model.rest(others)
 
@@ -210,7 +222,43 @@ def _sides(
         metrics = {"loss": loss, **metrics, "objective": loss}
         return share * loss, jax.tree.map(lambda value: share * value, metrics)
 
-    return _Sides(enter, stage, leave)
+    sides = _Sides(enter, stage, leave)
+    return _on_every_stage(sides, step.schedule.stages) if step.repeated else sides
+
+
+def _on_every_stage(sides: _Sides, stages: int) -> _Sides:
+    """The same, run by every stage with its own copy of `rest` (`_copies`); of what they make of
+    the loss, that of the last stage counts.
+    """
+
+    def enter(rest: Any, passed: Any) -> Any:
+        return jax.vmap(lambda rest: sides.enter(rest, passed), spmd_axis_name=STAGE)(rest)
+
+    def leave(rest: Any, messages: Any, passed: Any) -> tuple[Array, Metrics]:
+        run = jax.vmap(
+            lambda rest, message: sides.leave(rest, message, passed), spmd_axis_name=STAGE
+        )
+        last = jnp.arange(stages) == stages - 1
+        return jax.tree.map(
+            lambda x: jnp.sum(jnp.where(last.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), axis=0),
+            run(rest, messages),
+        )
+
+    return _Sides(enter, sides.stage, leave)
+
+
+def _copies(step: StagedStep, rest: Any) -> Any:
+    """`rest` as the sides read it: of a `repeated` step one copy a stage, `[p, …]`."""
+    if not step.repeated:
+        return rest
+
+    def copy(x: Array) -> Array:
+        free = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        where = NamedSharding(step.layout.mesh, PartitionSpec(STAGE, *free))
+        copies = jnp.broadcast_to(x, (step.schedule.stages, *x.shape))
+        return jax.lax.with_sharding_constraint(copies, where)
+
+    return jax.tree.map(copy, rest)
 
 
 def _forward_first(
@@ -229,20 +277,20 @@ def _forward(
     step: StagedStep, sides: _Sides, ours: Any, others: Any, passed: Any
 ) -> tuple[Array, Metrics]:
     """The sum of the shares of the loss, and the metrics of each micro-batch `[m]`."""
-    model, schedule, layout = step.model, step.schedule, step.layout
+    model = step.model
     chunks, fixed = (step.chunks(model.stack(tree)) for tree in (ours, others))
-    rest, outside = model.rest(ours), outside_stages(layout)
+    rest = _copies(step, model.rest(ours))
 
     def leaving(message: Any) -> Any:
-        return constrain(message[0], HIDDEN, outside), message[1]
+        return constrain(message[0], HIDDEN, step.outside), message[1]
 
     @jax.checkpoint
     def leave(piece: Any) -> tuple[Array, Metrics]:
         return sides.leave(rest, *piece)
 
     messages = jax.vmap(lambda one: sides.enter(rest, one))(passed)
-    pipeline = Pipeline(sides.stage, schedule, layout)
-    messages = circulate(pipeline, chunks, fixed, passed, messages, leaving)
+    leaving = jax.vmap(leaving, spmd_axis_name=STAGE) if step.repeated else leaving
+    messages = circulate(step.pipeline(sides), chunks, fixed, passed, messages, leaving)
     losses, metrics = jax.lax.map(leave, (messages, passed))
     return jnp.sum(losses), metrics
 
@@ -251,17 +299,18 @@ def _alternately(
     step: StagedStep, sides: _Sides, ours: Any, others: Any, passed: Any
 ) -> tuple[Any, Metrics]:
     """Each micro-batch back as soon as it has gone forward (1F1B)."""
-    schedule, layout = step.schedule, step.layout
     chunks, fixed = (step.chunks(step.model.stack(tree)) for tree in (ours, others))
     of_chunks, of_rest, metrics = alternate(
-        Pipeline(sides.stage, schedule, layout),
+        step.pipeline(sides),
         chunks,
         fixed,
-        step.model.rest(ours),
+        _copies(step, step.model.rest(ours)),
         passed,
         sides.enter,
         sides.leave,
     )
+    if step.repeated:
+        of_rest = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_rest)
     stored = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), step.model.stack(ours)
     )
