@@ -69,7 +69,7 @@ def run_layers(
     count: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Layers `first, first + 1, …` of a segment, as many as the stack `[layers, …]` holds, or the
-    first `count` of them: the others are computed and left out.
+    first `count` of them: the others do nothing.
 
     `first` and `count` may be traced. Returns the residual stream and what layers report,
     `[layers, …]`.
@@ -82,8 +82,16 @@ def run_layers(
         params, index = inputs
         key = None if rng is None else jax.random.fold_in(rng, segment.start + first + index)
         here = dataclasses.replace(context, layer=index, rng=key)
-        made, _, aux = block(params, x, segment.layer, here)
-        return made if count is None else jnp.where(index < count, made, x), aux
+
+        def layer(x: Array) -> tuple[Array, Any]:
+            made, _, aux = block(params, x, segment.layer, here)
+            return made, aux
+
+        def nothing(x: Array) -> tuple[Array, Any]:
+            _, aux = jax.eval_shape(layer, x)
+            return x, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+
+        return layer(x) if count is None else jax.lax.cond(index < count, layer, nothing, x)
 
     turns = jax.tree.leaves(stack)[0].shape[0]
     unroll = min(runtime.scan_unroll or turns, turns)

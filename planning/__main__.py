@@ -144,7 +144,7 @@ def _search(known: argparse.Namespace, config: Any) -> int:
 def _clusters(known: argparse.Namespace, config: Any) -> int:
     from planning.clusters import Job, choose, flags, read_sites
     from planning.hardware import read_hardware
-    from planning.show import clusters_table, duration, quantity
+    from planning.show import clusters_table, quantity
 
     job = Job(
         config.model.resolve(),
@@ -163,11 +163,6 @@ def _clusters(known: argparse.Namespace, config: Any) -> int:
     others = [f"{name} {quantity(each.sent, 'B')}" for name, each in plans.items() if name != axis]
     than = f" ({', '.join(others)})" if others else "; nothing else fits"
     _print(f"\n{axis} over the slow network sends least: {quantity(plans[axis].sent, 'B')}{than}")
-    if (chosen := plans[axis]).compute_equal > chosen.compute:
-        _print(
-            f"training makes as many turns in every stage as in the longest, so its layers stay "
-            f"equal: {duration(chosen.compute_equal)} of computing, not {duration(chosen.compute)}"
-        )
     print(f"train.py: {flags(plans[axis], job, sites)}")
     _write(known.json, {name: dataclasses.asdict(plan) for name, plan in plans.items()})
     return 0

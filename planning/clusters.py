@@ -23,6 +23,7 @@ from planning.roofline import Efficiency, seconds, timed
 from planning.stages import slowest, split_layers
 from sharding import Cluster, PipelineConfig, pipeline_schedule
 from sharding.clusters import stage_clusters
+from sharding.stage_layers import moves
 from weights import nearest
 
 GRADIENT_BYTES = 4
@@ -104,8 +105,8 @@ class Crossing:
     schedule: of the pipeline; 1 and empty where there is none. shards: of the batch, in a stage or
     in all. layers: of each stage, by its speed. clusters: that each stage is in. messages, sums:
     bytes that all devices together send over the slow network, activations and gradients. compute:
-    seconds of computing, a pipeline's idle time counted; compute_equal: with equal layers, which is
-    what training takes now (`sharding.stage_layers`). network: seconds of the slow network.
+    seconds of computing, a pipeline's idle time counted; compute_equal: with equal layers. network:
+    seconds of the slow network.
     memory: bytes of the fullest device.
     """
 
@@ -169,7 +170,8 @@ def stage_plan(
 ) -> Crossing:
     """A pipeline over the clusters with `train.pipeline.outside="repeated"`: in every tick messages
     go over each edge between clusters, forward and later back, and once the gradients of what
-    stands outside the layers. name: of the schedule.
+    stands outside the layers, and layers that are not run where they are stored. name: of the
+    schedule.
     """
     schedule = pipeline_schedule(PipelineConfig(name), stages, micro_batches)
     owners, clusters = stage_clusters(stages, sites.counts), len(sites.sites)
@@ -181,8 +183,9 @@ def stage_plan(
     one = rows * shards * job.length * job.model.d_model * job.wide * job.tensor
     messages = 2 * ticks * one * (clusters - 1)
     sums = 2 * (clusters - 1) * GRADIENT_BYTES * outside_parameters(job.model)
-    layers = split_layers(job.model.num_layers, speeds)
     equal = (job.model.num_layers // stages,) * stages
+    layers = split_layers(job.model.num_layers, speeds) if job.context == 1 else equal
+    sums += 2 * GRADIENT_BYTES * _moved(layers, owners) * _layer_parameters(job.model)
     tick = rows * (job.passes + schedule.first_first) / job.inner
     senders = min(max(in_stage / site.devices, 1) for site in sites.sites) * sites.between
     split = Split(fsdp=shards, tensor=job.tensor, stage=stages, context=job.context, zero=0)
@@ -209,6 +212,22 @@ def stage_plan(
         network=(messages / 2 / (clusters - 1) + sums / clusters) / senders,
         memory=memory.total * max(layers) / equal[0],
     )
+
+
+def _moved(layers: tuple[int, ...], owners: Sequence[str]) -> int:
+    """Layers that one cluster stores, in equal parts, and another runs: a step sends their weights
+    there and their gradients back.
+    """
+    return sum(
+        count
+        for move in moves(layers)
+        for stage, count in enumerate(move.counts)
+        if count and owners[stage - move.by] != owners[stage]
+    )
+
+
+def _layer_parameters(model: ModelConfig) -> float:
+    return (parameters_of(model) - outside_parameters(model)) / model.num_layers
 
 
 def data_plans(job: Job, sites: Sites) -> Iterator[Crossing]:
@@ -255,9 +274,7 @@ def data_plans(job: Job, sites: Sites) -> Iterator[Crossing]:
 
 
 def flags(plan: Crossing, job: Job, sites: Sites) -> str:
-    """For `train.py`. All stages make as many turns as the longest (`sharding.stage_layers`), so
-    layers stay equal here.
-    """
+    """For `train.py`."""
     parts = {"mesh.tensor": job.tensor, "mesh.context": job.context, "mesh.stage": plan.stages}
     shown = [f"--config.{name}={size}" for name, size in parts.items() if size > 1]
     shown += [f"--config.train.accumulation={plan.micro_batches}"]
@@ -269,6 +286,8 @@ def flags(plan: Crossing, job: Job, sites: Sites) -> str:
         for site in sites.sites
     )
     shown += [f"--config.train.pipeline.schedule={plan.schedule}"]
+    if len(set(plan.layers)) > 1:
+        shown += [f"--config.train.pipeline.layers={','.join(map(str, plan.layers))}"]
     shown += ["--config.train.pipeline.outside=repeated", f'--config.clusters="{clusters}"']
     return " ".join([f"--config.mesh.data=1 --config.mesh.fsdp={plan.shards}", *shown])
 

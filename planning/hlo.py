@@ -203,8 +203,7 @@ def _started(computations: Mapping[str, list[str]]) -> set[str | None]:
 
 
 def _channel(line: str) -> str | None:
-    """The channel of a collective; sends between slices number theirs apart."""
-    found = None if " send(" in line else _CHANNEL.search(line)
+    found = _CHANNEL.search(line)
     return found[1] if found else None
 
 

@@ -7,7 +7,7 @@ function `constrain` places activations.
 
 from sharding.auto import derive_rules
 from sharding.clusters import Cluster, cluster_mesh, place
-from sharding.constraints import constrain, gather_rows
+from sharding.constraints import constrain, gather_rows, map_devices
 from sharding.context import context_attention
 from sharding.distributed import (
     Processes,
@@ -73,6 +73,7 @@ __all__ = [
     "initialize_distributed",
     "make_layout",
     "make_mesh",
+    "map_devices",
     "match_rules",
     "outside_stages",
     "override_axes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,24 @@ def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
         )
     )
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def map_devices(
+    run: Callable[..., Any], layout: Layout, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`run` by each device on its own part, over all axes of the mesh; inside a function that is
+    mapped over some of them already (a pipeline's stages), over the others.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    inside = {name for name in around.axis_names if name in around.manual_axes}
+    return jax.shard_map(
+        run,
+        mesh=None if inside else layout.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(layout.mesh.axis_names) - inside,
+        check_vma=False,
+    )
 
 
 def gather_rows(table: Any, layout: Layout | None, rows: str = "vocab") -> Any:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import merge, sees_anything
 from kernels_pallas.target import current_target
+from sharding.constraints import map_devices
 from sharding.layout import Layout, axis_names
 
 Array = jax.Array
@@ -78,9 +79,7 @@ def context_attention(
     local = functools.partial(
         _local, KINDS[kind], functools.partial(attend, **options), options, layout
     )
-    return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=in_specs, out_specs=heads, check_vma=False
-    )(*inputs)
+    return map_devices(local, layout, in_specs, heads)(*inputs)
 
 
 def _local(

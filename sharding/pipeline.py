@@ -38,12 +38,15 @@ class Pipeline:
     layout: the mesh, with an axis `stage` of as many devices as the schedule has stages.
     repeated: whether every stage makes what enters the first and leaves the last itself; messages
         that enter or leave then have an axis `[p]`, of which the others' are not read.
+    branches: whether stages branch, so that one may do less than another: then devices are told
+        apart (`jax.shard_map`), and only exchanges inside a stage may stand in a branch.
     """
 
     stage: Callable[[Any, Any, Any, Any, Array], Any]
     schedule: Schedule
     layout: Layout
     repeated: bool = False
+    branches: bool = False
 
     def __post_init__(self) -> None:
         devices = self.layout.mesh.shape.get(STAGE, 1)
@@ -55,6 +58,24 @@ class Pipeline:
     def entering(self, message: Any) -> Any:
         """What enters the first stage, with an axis over stages."""
         return message if self.repeated else _broadcast(message)
+
+    def by_stage(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run` on the part of each stage, of arguments with a leading axis `[p]`."""
+        if not self.branches:
+            return jax.vmap(run, spmd_axis_name=STAGE)
+
+        def own(*parts: Any) -> Any:
+            made = run(*jax.tree.map(lambda x: x[0], parts))
+            return jax.tree.map(lambda x: x[None], made)
+
+        return jax.shard_map(
+            own,
+            mesh=self.layout.mesh,
+            in_specs=PartitionSpec(STAGE),
+            out_specs=PartitionSpec(STAGE),
+            axis_names={STAGE},
+            check_vma=False,
+        )
 
     def at(self, held: Any, stage: int) -> Any:
         """Of what stages hold that of one, or all where outside parts are repeated."""
@@ -133,7 +154,7 @@ def circulate(
     schedule, layout = pipeline.schedule, pipeline.layout
     assert not schedule.first_first, "1F1B is run by `alternate`"
     stages = jnp.arange(schedule.stages)
-    work = jax.vmap(pipeline.stage, spmd_axis_name=STAGE)
+    work = pipeline.by_stage(pipeline.stage)
 
     def tick(held: Any, count: Array) -> tuple[Any, Any]:
         number = jnp.clip(count - stages, 0, schedule.items - 1)
@@ -271,7 +292,7 @@ class _Passes:
             return jax.lax.dynamic_update_index_in_dim(slots, one, count % self.slots, 1)
 
         kept = jax.tree.map(keep, kept, held)
-        work = jax.vmap(self.pipeline.stage, spmd_axis_name=STAGE)
+        work = self.pipeline.by_stage(self.pipeline.stage)
         made = self.place(work(self.ours, self.others, held, self.of(index), stages))
         return self.place(_shift(made, 1)), kept, self.pipeline.at(made, last)
 
@@ -289,7 +310,7 @@ class _Passes:
         back = _where(real, back, jax.tree.map(jnp.zeros_like, back))
         slot = (index + stages) % self.slots  # item n of stage s went forward in tick n + s
         inputs = self.place(jax.tree.map(lambda x: _slot(x, slot), kept))
-        pull = jax.vmap(self._pull, spmd_axis_name=STAGE)
+        pull = self.pipeline.by_stage(self._pull)
         of_chunks, back = pull(self.ours, self.others, inputs, back, self.of(index), stages)
         back = self.place(back)
         _, pull = jax.vjp(lambda rest: self.enter(rest, self.of(index[0])), self.rest)

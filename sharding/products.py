@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from sharding.constraints import map_devices
 from sharding.layout import Layout, axis_names
 from sharding.rules import Axes
 from weights import bias_add, is_format, linear, matmul, prepare, separable, split_units
@@ -57,13 +58,7 @@ def split_linear(
         y = matmul(x, weight)
         return jax.lax.psum(y.astype(jnp.float32), summed).astype(y.dtype) if summed else y
 
-    y = jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(given, stored),
-        out_specs=made,
-        check_vma=False,
-    )(x, weight)
+    y = map_devices(local, layout, (given, stored), made)(x, weight)
     return bias_add(y, params)
 
 

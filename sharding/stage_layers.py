@@ -2,8 +2,8 @@
 
 Layers stay stored as they are for any mesh, in equal parts over `stage`, so a checkpoint knows
 nothing of this. A step begins by sending to each stage the layers that it runs and another stores;
-the gradient goes the same way back. All stages run one program (`sharding.pipeline`), so each makes
-as many turns as the longest: what a short one has too many is zeros, computed and left out.
+the gradient goes the same way back. All stages run one program (`sharding.pipeline`), whose loop
+turns as often as the longest stage has layers; in turns that a stage has too many it does nothing.
 """
 
 from __future__ import annotations

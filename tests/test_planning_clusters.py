@@ -97,14 +97,14 @@ def test_the_command_says_what_crosses_and_how_to_train_so(tmp_path, capsys):
     assert main(["clusters", f"--clusters={path}", f"--json={out}", *flags]) == 0
     said = capsys.readouterr().out
     assert "stage over the slow network sends least" in said
-    assert "layers stay equal" in said
     plan = json.loads(out.read_text())["stage"]
     fast, slowest = plan["layers"]
     assert fast > 2 * slowest  # an H100 is 3.2 times an A100
     arguments = said.split("train.py: ")[1].strip()
     clusters = arguments.split("--config.clusters=")[1].strip('"')
-    config = parse([*flags, *arguments.split()[:6], f"--config.clusters={clusters}"]).config
+    config = parse([*flags, *arguments.split()[:7], f"--config.clusters={clusters}"]).config
     assert (config.mesh.stage, config.train.pipeline.outside) == (2, "repeated")
+    assert config.train.pipeline.layers == (fast, slowest)
     assert [cluster.name for cluster in config.clusters] == ["a", "b"]
 
 
@@ -129,13 +129,20 @@ def _compiled(**settings):
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_compiled_for_two_slices_a_step_sends_what_was_predicted():
-    sites = _sites(1, 1)
-    pipeline = {"train__pipeline__outside": "repeated", "train__accumulation": 16}
-    staged = _compiled(mesh__data=2, mesh__fsdp=2, mesh__stage=2, **pipeline)
+    sites = _sites(1, 1, speeds=(3.0, 5.0))
+    pipeline = {"outside": "repeated", "layers": "3,5"}
+    pipeline = {f"train__pipeline__{name}": value for name, value in pipeline.items()}
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__stage": 2}
+    staged = _compiled(train__accumulation=16, **mesh, **pipeline)
     # Of each message one slice's devices send and the other's receive.
     messages = staged.pop("permute") * 4
     plan = stage_plan(JOB, sites, 2, 16)
+    assert plan.layers == (3, 5)
     assert messages == pytest.approx(plan.messages, rel=0.01)
+    layer = (count_parameters(MODEL) - (2 * 64 * 128 + 128)) / 8
+    moved = staged.pop("ppermute") * 4 / 2  # both replicas along `data` move theirs
+    assert moved == pytest.approx(2 * 4 * layer, rel=0.02)
+    assert moved + 2 * 4 * (2 * 64 * 128 + 128) == pytest.approx(plan.sums, rel=0.02)
     m, b = 16, JOB.batch // 16
     assert messages == pytest.approx(2 * m * b * JOB.length * MODEL.d_model * 2, rel=0.1)
     gradients = 2 * 4 * count_parameters(MODEL)

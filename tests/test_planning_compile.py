@@ -42,14 +42,17 @@ HLO = """HloModule step
 
 %condition (t: (s32[], bf16[2,8])) -> pred[] {
   %t.2 = (s32[], bf16[2,8]) parameter(0)
-  %n = s32[]{:T(128)} constant(5)
+  %n = s32[]{:T(128)} constant(6)
   %i = s32[] get-tuple-element(%t.2), index=0
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
 ENTRY %main (x: bf16[2,8]) -> bf16[2,8] {
   %x = bf16[2,8] parameter(0)
-  %loop = (s32[], bf16[2,8]) while(%x), condition=%condition, body=%body
+  %one = s32[]{:T(128)} constant(1)
+  %begin = s32[]{:T(128)} copy(%one)
+  %first = (s32[]{:T(128)}, bf16[2,8]{1,0}) tuple(%begin, %x)
+  %loop = (s32[], bf16[2,8]) while(%first), condition=%condition, body=%body
   %outer = f32[16]{0} all-reduce(%loop), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
   %whole = s8[16]{0} all-reduce(%loop), channel_id=5, replica_groups=[1,8]<=[8], to_apply=%add
   %part = f32[4]{0} all-to-all(%loop), channel_id=7, replica_groups=mesh['z'=8] {'z':(4)2}

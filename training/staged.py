@@ -76,8 +76,11 @@ class StagedStep:
         return self.layout if self.repeated else outside_stages(self.layout)
 
     def pipeline(self, sides: _Sides) -> Pipeline:
-        """What runs between the sides."""
-        return Pipeline(sides.stage, self.schedule, self.layout, self.repeated)
+        """What runs between the sides. Stages of unequal layers branch, but for sequences that are
+        split: their ring of keys is one exchange for all devices, which none may leave out.
+        """
+        branches = bool(self.layers) and self.layout.size("length") == 1
+        return Pipeline(sides.stage, self.schedule, self.layout, self.repeated, branches)
 
     def chunks(self, stack: Any) -> Any:
         """Arrays `[layers, …]` as the stages run them (`chunks_of`)."""

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 from model.moe.dispatch import Plan, collect, combine, plan_of_rows, sorted_plan, spread
 from model.moe.router import Routing
 from model.remat import EXPERT_PRODUCT
-from sharding import Layout, axis_names, check_experts
+from sharding import Layout, axis_names, check_experts, map_devices
 from weights import grouped_matmul, is_format, matmul, specs
 
 Array = jax.Array
@@ -153,19 +153,13 @@ def _sharded(
             return _gathered(work, finish, kernels, x, routing, split)[None]
         return _exchanged(work, finish, kernels, x, routing, capacity, split)[None]
 
-    out = jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(
-            {name: _spec(work, name, weight, layout) for name, weight in kernels.items()},
-            PartitionSpec(*tokens, *(None,) * (x.ndim - 3), *layout.spec((work.inputs,))),
-            tokens,
-        ),
-        out_specs=PartitionSpec(
-            split.partial or None, *tokens, *slot, *layout.spec((work.outputs,))
-        ),
-        check_vma=False,
-    )(kernels, x, routing)
+    in_specs = (
+        {name: _spec(work, name, weight, layout) for name, weight in kernels.items()},
+        PartitionSpec(*tokens, *(None,) * (x.ndim - 3), *layout.spec((work.inputs,))),
+        tokens,
+    )
+    out_specs = PartitionSpec(split.partial or None, *tokens, *slot, *layout.spec((work.outputs,)))
+    out = map_devices(local, layout, in_specs, out_specs)(kernels, x, routing)
     # Partial sums stand on an axis of their own: added here, their gradient costs no traffic.
     return jnp.sum(out, axis=0) if split.partial else out[0]
 
