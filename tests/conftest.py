@@ -27,6 +27,14 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 for name, value in flags.items():
     if name not in os.environ.setdefault("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] += f" --{name}={value}"
+if "xla_cpu_use_fusion_emitters" in flags:
+    # The compiler for TPUs reads the same variable, and ends the process over a flag of CPUs alone.
+    import jax
+
+    jax.devices()
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(
+        " --xla_cpu_use_fusion_emitters=false", ""
+    )
 
 
 def pytest_addoption(parser):
