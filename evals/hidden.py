@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.tokenizers import Tokenizer
+from evals.scoring import padding_shows
 from evals.task import Hidden, HiddenStates, RequestError, Response
 from model import ModelConfig, Runtime, hidden_states
 from serving.memory import Model
@@ -100,7 +101,8 @@ def _taps(
     """`float32[rows, positions, layers, d_model]`."""
     tokens = constrain(tokens, ("batch", "length"), runtime.layout)
     real = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-    options = {"segment_ids": real, "taps": names, "until_layer": until}
+    marked = real if padding_shows(config) else None
+    options = {"segment_ids": marked, "taps": names, "until_layer": until}
     taps = hidden_states(params, tokens, config, runtime, **options)[1]["taps"]
     stacked = jnp.stack([taps[name] for name in names], axis=2).astype(jnp.float32)
     return jnp.take_along_axis(stacked, places[:, :, None, None], axis=1)

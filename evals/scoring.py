@@ -215,7 +215,8 @@ def _score(
     """
     tokens = constrain(tokens, ("batch", "length"), runtime.layout)
     real = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-    hidden, _ = hidden_states(params, tokens, config, runtime, segment_ids=real)
+    marked = real if padding_shows(config) else None
+    hidden, _ = hidden_states(params, tokens, config, runtime, segment_ids=marked)
     places = lengths[:, None] - 1 - forced + jnp.arange(forced + 1)
     hidden = jnp.take_along_axis(hidden, jnp.maximum(places, 0)[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, jnp.maximum(places[:, 1:], 0), axis=1)
@@ -225,6 +226,19 @@ def _score(
     log_z = logit_statistics(last, lasts[:, :1])[0]
     options = jnp.take_along_axis(last[:, 0], lasts, axis=1) - log_z
     return logprobs, hits, options, most_likely(last[:, 0])
+
+
+def padding_shows(config: ModelConfig) -> bool:
+    """Whether what stands behind a row changes its values, so that it must be marked as padding.
+
+    Attention looks back only, and masks of padding cost a CPU a third of a row's time. But tokens
+    of padding would take the places of experts with a capacity, and make rows longer for rotary
+    scalings that go by their length.
+    """
+    layers = [segment.layer for segment in config.segments]
+    scalings = [layer.rope_scaling for layer in layers if layer.rope_scaling is not None]
+    by_length = any(scaling.kind in BY_LENGTH for scaling in scalings)
+    return by_length or any(layer.capacity_factor is not None for layer in layers)
 
 
 def _forced(head: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:

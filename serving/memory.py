@@ -101,7 +101,7 @@ def beside_pages(model: Model, resolved: Resolved, shapes: Shapes, room: Room) -
 
 def make_state(params: Any, model: Model, resolved: Resolved, pages: int, room: Room) -> State:
     """The state of an engine with so many pages."""
-    return init_state(
+    state = init_state(
         params,
         model.config,
         model.runtime,
@@ -112,6 +112,10 @@ def make_state(params: Any, model: Model, resolved: Resolved, pages: int, room: 
         dtype=resolved.kv_dtype,
         room=room,
     )
+    if model.runtime.layout is not None:
+        return state
+    # Committed to its device, as each step's result is, or every program would be compiled twice.
+    return jax.device_put(state, jax.local_devices()[0])
 
 
 def _too_few(pages: int, each: int, resolved: Resolved, source: str) -> str:
