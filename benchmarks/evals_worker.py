@@ -3,8 +3,9 @@
     python -m benchmarks.evals_worker FOLDER hf:16
     python -m benchmarks.evals_worker FOLDER sheaf
 
-It answers with `{seconds, requests, answers, scores}`, a line each. FOLDER holds `tasks.json`, the
-model as transformers reads it in `hf/`, and in `checkpoint` where ours lies.
+It answers with `{seconds, cpu_seconds, compiled, requests, answers, scores}`, a line each, of which
+`compiled` counts programs of JAX. FOLDER holds `tasks.json`, the model as transformers reads it in
+`hf/`, and in `checkpoint` where ours lies.
 """
 
 from __future__ import annotations
@@ -24,9 +25,25 @@ def main(folder: Path, side: str) -> None:
     os.dup2(2, 1)  # What libraries print is not an answer.
     warnings.simplefilter("ignore")
     tasks = json.loads((folder / "tasks.json").read_text())
-    lm = model(folder, side)
+    lm, compiled = model(folder, side), programs() if side == "sheaf" else []
     for line in sys.stdin:
-        print(json.dumps(measure(lm, tasks[line.strip()])), file=out, flush=True)
+        before = len(compiled)
+        found = measure(lm, tasks[line.strip()])
+        print(json.dumps({**found, "compiled": len(compiled) - before}), file=out, flush=True)
+
+
+def programs() -> list[float]:
+    """Seconds of each program that JAX compiles from now on."""
+    from jax import monitoring
+
+    found: list[float] = []
+
+    def hear(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    monitoring.register_event_duration_secs_listener(hear)
+    return found
 
 
 def model(folder: Path, side: str) -> Any:
@@ -47,9 +64,9 @@ def measure(lm: Any, task: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     loaded = TaskManager(include_defaults=False).load([task])
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     found = evaluate(lm, loaded, bootstrap_iters=0)
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - busy
     assert found is not None
     name = task["task"]
     rows = sorted(found["samples"][name], key=lambda row: row["doc_id"])
@@ -57,6 +74,7 @@ def measure(lm: Any, task: dict[str, Any]) -> dict[str, Any]:
     scores = found["results"][name].items()
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "requests": len(answers),
         "answers": answers,
         "scores": {key: value for key, value in scores if isinstance(value, float)},

@@ -8,8 +8,9 @@ in this process, or a server.
 
 from evals.backends import Backend, InProcess, Remote
 from evals.comparing import Compared, compare_folders
-from evals.evaluation import evaluate
+from evals.evaluation import evaluate, open_backend
 from evals.execution import Sandboxed
+from evals.judges import Judge, Preference
 from evals.registry import TASKS, build
 from evals.runner import Options, TaskResult
 from evals.scoring import Scorer
@@ -50,9 +51,11 @@ __all__ = [
     "Hidden",
     "HiddenStates",
     "InProcess",
+    "Judge",
     "Loglikelihood",
     "Options",
     "Place",
+    "Preference",
     "Remote",
     "Rolling",
     "RollingScored",
@@ -69,6 +72,7 @@ __all__ = [
     "compare_folders",
     "evaluate",
     "mean",
+    "open_backend",
     "proportion",
     "ratio",
 ]

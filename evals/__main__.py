@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         help="examples of each task on the page at most (default: 500)")  # fmt: skip
     report.set_defaults(run=_report)
     tasks = commands.add_parser("tasks", help="the tasks and their settings", allow_abbrev=False)
+    tasks.add_argument("--where", nargs="+", default=[], metavar="FIELD=VALUE",
+        help="only tasks at this place: category=reasoning, evaluation=ME")  # fmt: skip
     tasks.set_defaults(run=_tasks)
     return parser
 
@@ -116,6 +118,7 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
         help="the first of the split, or random ones for each question")  # fmt: skip
     add("--seed", type=int, default=0, help="of all that is random (default: 0)")
     add("--chat", action="store_true", help="ask in messages, by the chat template")
+    add("--judge", metavar="MODEL", help="who judges: a checkpoint, or a server's address")
     add("--allow-weaker-sandbox", action="store_true",
         help="run programs although this machine cannot isolate them fully")  # fmt: skip
     add("--dtype", help="of activations (default: float32 on a CPU, else bfloat16)")
@@ -131,16 +134,21 @@ def _listed(text: str) -> list[str]:
 
 def _shared(known: argparse.Namespace, settings: dict[str, str]) -> dict[str, Any]:
     """The keyword arguments that `evaluate` and `sweep` share."""
+    from evals.evaluation import open_backend
     from evals.execution import Sandboxed
     from evals.runner import Options
 
-    weaker = known.allow_weaker_sandbox
+    key, roles = os.environ.get(KEY_VARIABLE), {}
+    if known.judge:
+        roles["judge"] = open_backend(known.judge, layout=_layout(known), api_key=key)
+    if known.allow_weaker_sandbox:
+        roles["sandbox"] = Sandboxed(allow_weaker=True)
     given = {name: getattr(known, name) for name in ("dtype", "max_length", "token_budget")}
     return {
         "out": known.out,
         "settings": settings,
         "options": Options(known.seed, known.limit, known.shots, known.shots_from, known.chat),
-        "roles": {"sandbox": Sandboxed(allow_weaker=True)} if weaker else None,
+        "roles": roles,
         "layout": _layout(known),
         "say": lambda line: print(line, file=sys.stderr, flush=True),
         **{name: value for name, value in given.items() if value is not None},
@@ -206,13 +214,20 @@ def _report(known: argparse.Namespace, settings: dict[str, str]) -> None:
 
 
 def _tasks(known: argparse.Namespace, settings: dict[str, str]) -> None:
-    from evals.registry import TASKS, options
+    from evals.registry import TASKS, chosen, coverage, options, place_of
 
     _no_settings(settings)
-    for name, builder in TASKS.items():
-        title = " ".join((builder.__doc__ or "").partition("\n\n")[0].split())
-        shown = ", ".join(options(name))
-        print(f"{name}\n    {title}\n    settings: {shown}")
+    wrong = next((each for each in known.where if "=" not in each), None)
+    if wrong is not None:
+        raise ValueError(f"--where {wrong}: must be FIELD=VALUE, such as category=reasoning")
+    names = chosen(dict(each.split("=", 1) for each in known.where))
+    for name in names:
+        title, place = (TASKS[name].__doc__ or "").partition("\n\n")[0], place_of(name)
+        where = (place.group, place.category, place.subcategory)
+        print(f"{name}\n    {' '.join(title.split())}\n    settings: {', '.join(options(name))}")
+        print(f"    place: {', '.join(each for each in where if each)}")
+    if not known.where:
+        print(f"\n{coverage(names)}")
 
 
 def _no_settings(settings: dict[str, str]) -> None:

@@ -33,7 +33,7 @@ def evaluate(
     out: str | Path,
     settings: Mapping[str, Any] | None = None,
     options: Options | None = None,
-    roles: Mapping[Role, Backend] | None = None,
+    roles: Mapping[Role, Model] | None = None,
     layout: Layout | None = None,
     api_key: str | None = None,
     say: Callable[[str], None] | None = print,
@@ -48,8 +48,8 @@ def evaluate(
         out: a folder; what was computed there before is not computed again.
         settings: of named tasks, `{"perplexity.path": "held_out.jsonl"}`.
         options: seed, limit, shots.
-        roles: who answers as judge, embedder or sandbox; without one, programs run in a
-            `Sandboxed` of its own.
+        roles: who answers as judge, embedder or sandbox, given as models are; without one,
+            programs run in a `Sandboxed` of its own, and the model itself is the embedder.
         layout: mesh and tables for checkpoints. api_key: for servers.
         say: takes lines of progress; None is silent.
         model_options: of `InProcess`: dtype, max_length, token_budget, engine.
@@ -65,18 +65,23 @@ def evaluate(
     single = isinstance(models, str | Path) or not isinstance(models, Sequence)
     given: Sequence[Model] = [models] if single else list(models)  # type: ignore[list-item]
     found: dict[str, results.Results] = {}
-    roles = roles or {}
-    with Store(out) as store, contextlib.closing(Sandboxed()) as sandbox:
+    with contextlib.ExitStack() as stack:
+        store, sandbox = stack.enter_context(Store(out)), Sandboxed()
+        stack.callback(sandbox.close)
+
+        def opened(model: Model, stack: contextlib.ExitStack) -> Backend:
+            backend = open_backend(model, store, layout, api_key, **model_options)
+            if backend is not model:
+                stack.callback(backend.close)
+            return backend
+
+        others: dict[Role, Backend] = {"sandbox": sandbox}
+        others |= {role: opened(given, stack) for role, given in (roles or {}).items()}
         for model in given:
-            backend = _open(model, store, layout, api_key, model_options)
-            try:
+            with contextlib.ExitStack() as alone:
+                backend = opened(model, alone)
                 name = _name(backend.name, found)
-                found[name] = _one(
-                    backend, name, built, store, options, {"sandbox": sandbox, **roles}, out, say
-                )
-            finally:
-                if backend is not model:
-                    backend.close()
+                found[name] = _one(backend, name, built, store, options, others, out, say)
     return found
 
 
@@ -86,13 +91,14 @@ def mesh_layout(**sizes: int | None) -> Layout | None:
     return make_layout(make_mesh(MeshConfig(**{"data": 1, **asked}))) if asked else None
 
 
-def _open(
+def open_backend(
     model: Model,
-    store: Store,
-    layout: Layout | None,
-    api_key: str | None,
-    model_options: Mapping[str, Any],
+    store: Store | None = None,
+    layout: Layout | None = None,
+    api_key: str | None = None,
+    **model_options: Any,
 ) -> Backend:
+    """What answers as a model: itself if it is a backend; arguments as of `evaluate`."""
     if not isinstance(model, str | Path):
         return model
     if str(model).startswith(("http://", "https://")):
@@ -127,5 +133,11 @@ def _one(
         **backend.work(),
     }
     facts = backend.facts() if isinstance(backend, InProcess) else {}
-    model = {"name": name, **backend.identity, "facts": facts}
+    asked = {each: {"name": b.name, **b.identity} for each, b in roles.items() if each != "sandbox"}
+    model = {
+        "name": name,
+        **backend.identity,
+        "facts": facts,
+        **({"roles": asked} if asked else {}),
+    }
     return results.write(out / name, model, dataclasses.asdict(options), done, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from decimal import Decimal, InvalidOperation
@@ -16,6 +17,15 @@ _NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\$?\.\d
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]{1,400})\}")
 _FENCE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*)?```", flags=re.DOTALL)
 _QUOTES = str.maketrans("“”„‟«»‘’‚‛", '""""""\'\'\'\'')
+_ICD10 = re.compile(r"\b([A-Z]\d[0-9A-Z])(?:\.?([0-9A-Z]{1,4}))?\b", flags=re.IGNORECASE)
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+_MONTH = rf"({'|'.join(_MONTHS)})[a-z]{{0,6}}\.?"
+_DATE = re.compile(
+    r"\b(?:(?P<iso>\d{4}-\d{1,2}-\d{1,2})|(?P<day>\d{1,2})(?P<sign>[./])(?P<second>\d{1,2})(?P=sign)"
+    rf"(?P<year>\d{{4}})|(?P<worded>\d{{1,2}}(?:st|nd|rd|th|\.)?\s{_MONTH},?\s\d{{4}})|"
+    rf"(?P<american>{_MONTH}\s\d{{1,2}}(?:st|nd|rd|th)?,?\s\d{{4}}))\b",
+    flags=re.IGNORECASE,
+)
 _YES = {
     "en": ("yes", "no"), "de": ("ja", "nein"), "fr": ("oui", "non"), "es": ("sí", "no"),
     "it": ("sì", "no"), "pt": ("sim", "não"), "zh": ("是", "否"), "nl": ("ja", "nee"),
@@ -160,6 +170,37 @@ def yes_no(text: str, language: str = "en") -> bool | None:
         if plain.startswith(word) and (language == "zh" or not plain[len(word) :][:1].isalnum()):
             return value
     return None
+
+
+def icd10(text: str) -> str | None:
+    """The last code of ICD-10, a letter with two digits and maybe more behind a point: `C67.9`."""
+    found = _ICD10.findall(text[-LONGEST:])
+    return ".".join(part.upper() for part in found[-1] if part) if found else None
+
+
+def date(text: str, day_first: bool = False) -> datetime.date | None:
+    """The last date: 2024-03-09, 9.3.2024, 9 March 2024, March 9, 2024 or 3/9/2024.
+
+    day_first: 3/9/2024 is the third of September; points always have the day first.
+    """
+    for match in reversed(list(_DATE.finditer(text[-LONGEST:]))):
+        try:
+            return _date(match, day_first)
+        except ValueError:  # The thirtieth of February.
+            continue
+    return None
+
+
+def _date(match: re.Match[str], day_first: bool) -> datetime.date:
+    numbers = [int(each) for each in re.findall(r"\d+", match[0])]
+    if match["iso"]:
+        return datetime.date(*numbers)
+    if match["year"]:
+        one, other, year = numbers
+        day, month = (one, other) if day_first or match["sign"] == "." else (other, one)
+        return datetime.date(year, month, day)
+    month = next(name for name in _MONTHS if re.search(rf"\b{name}", match[0].lower()))
+    return datetime.date(numbers[1], _MONTHS.index(month) + 1, numbers[0])
 
 
 def first_line(text: str) -> str | None:

@@ -5,6 +5,7 @@ A task is a function of its settings: keyword arguments with defaults, from stri
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
 import typing
@@ -22,10 +23,12 @@ from evals.tasks.iq_patterns import full_repeat, head_slicing, head_tail
 from evals.tasks.iq_retrieval import key_retrieval, one_fact, two_facts
 from evals.tasks.iq_rules import counting, string_replacement
 from evals.tasks.iq_symbols import symbol_polarity, symbol_trec
+from evals.tasks.judged import judged
 from evals.tasks.mbpp import mbpp
 from evals.tasks.multiple_choice import multiple_choice
 from evals.tasks.needle import needle
 from evals.tasks.perplexity import perplexity
+from evals.taxonomy import TREE, Place
 from weights import nearest
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -45,6 +48,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "iq_symbol_polarity": symbol_polarity,
     "iq_symbol_trec": symbol_trec,
     "iq_two_facts": two_facts,
+    "judged": judged,
     "mbpp": mbpp,
     "multiple_choice": multiple_choice,
     "needle": needle,
@@ -93,6 +97,44 @@ def _one(label: str, settings: dict[str, Any], seed: int) -> Task:
             raise ValueError(f"task {name} needs --{label}.{setting}=…")
     task = TASKS[name](**given)
     return replace(task, name=label, settings={**task.settings, **given})
+
+
+def place_of(name: str) -> Place:
+    """Where a named task stands; nothing is read for that."""
+    needed = [n for n, p in inspect.signature(TASKS[name]).parameters.items() if _needed(p)]
+    return TASKS[name](**dict.fromkeys(needed, ".")).place
+
+
+def chosen(where: Mapping[str, str]) -> list[str]:
+    """Names of the tasks whose `Place` has these values, or has them in it: `{"languages": "PL"}`.
+
+    Raises `ValueError` for a field that a `Place` does not have.
+    """
+    fields = [each.name for each in dataclasses.fields(Place)]
+    for field in where:
+        if field not in fields:
+            near = nearest(field, fields) or ", ".join(fields)
+            raise ValueError(f"a task's place has no {field!r}; nearest: {near}")
+    return [
+        name
+        for name in TASKS
+        if all(_has(getattr(place_of(name), field), value) for field, value in where.items())
+    ]
+
+
+def _has(found: str | tuple[str, ...], value: str) -> bool:
+    return value == found if isinstance(found, str) else value in found
+
+
+def coverage(names: Sequence[str]) -> str:
+    """How many of the tasks stand at each place of the taxonomy, as Markdown."""
+    places = [place_of(name) for name in names]
+    lines = ["| group | category | tasks |", "|---|---|---:|"]
+    for group, categories in TREE.items():
+        for category in categories:
+            count = sum((p.group, p.category) == (group, category) for p in places)
+            lines.append(f"| {group} | {category} | {count or '-'} |")
+    return "\n".join(lines)
 
 
 def _needed(parameter: inspect.Parameter) -> bool:

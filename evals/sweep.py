@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from evals import results
-from evals.backends import Backend, InProcess
-from evals.evaluation import evaluate
+from evals.backends import InProcess
+from evals.evaluation import Model, evaluate
 from evals.registry import build
 from evals.runner import Options, data_hash
 from evals.store import canonical, code_fingerprint, sha256
@@ -77,7 +77,7 @@ def sweep(
     out: str | Path,
     settings: Mapping[str, Any] | None = None,
     options: Options | None = None,
-    roles: Mapping[Role, Backend] | None = None,
+    roles: Mapping[Role, Model] | None = None,
     layout: Layout | None = None,
     follow: bool = False,
     poll: float = 10.0,
@@ -103,7 +103,7 @@ def sweep(
     if not run.is_dir() or not (follow or steps(run / CHECKPOINTS)):
         raise ValueError(f"{run / CHECKPOINTS}: holds no checkpoint; give the folder of a run")
     built = build(tasks, settings or {}, options.seed)
-    asked = _asked(built, options, model_options)
+    asked = _asked(built, options, roles or {}, model_options)
     work = _Work(run, out, built, asked, options, roles or {}, layout, say, model_options)
     last, passed = _last_step(run) if follow else None, set()
     while True:
@@ -129,7 +129,7 @@ class _Work:
     tasks: Sequence[Task]
     asked: Mapping[str, str]
     options: Options
-    roles: Mapping[Role, Backend]
+    roles: Mapping[Role, Model]
     layout: Layout | None
     say: Say | None
     model_options: Mapping[str, Any]
@@ -199,12 +199,17 @@ class _Work:
 
 
 def _asked(
-    tasks: Sequence[Task], options: Options, model_options: Mapping[str, Any]
+    tasks: Sequence[Task],
+    options: Options,
+    roles: Mapping[Role, Model],
+    model_options: Mapping[str, Any],
 ) -> dict[str, str]:
     """A hash for each task, of all that its result depends on beside the checkpoint."""
+    named = {role: getattr(model, "identity", str(model)) for role, model in roles.items()}
     shared = {
         "options": dataclasses.asdict(options),
         "model": {name: str(value) for name, value in model_options.items()},
+        **({"roles": named} if named else {}),
         "code": code_fingerprint(),
     }
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import time
@@ -77,10 +78,24 @@ def test_other_answers():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["((((" * 20000, "1," * 50000, "[" * 50000, "answer is " * 20000])
+def test_codes_and_dates():
+    said = ["ICD-10: C61", "c679, or better C67.9.", "E11.65", "no code", "vitamin B complex"]
+    assert [extract.icd10(each) for each in said] == ["C61", "C67.9", "E11.65", None, None]
+    march = datetime.date(2024, 3, 9)
+    for text in ("2024-03-09", "on 9.3.2024.", "9 March 2024", "Mar. 9th, 2024", "3/9/2024"):
+        assert extract.date(text) == march, text
+    assert extract.date("3/9/2024", day_first=True) == datetime.date(2024, 9, 3)
+    assert extract.date("born 1.2.1950, seen 9.3.2024") == march
+    assert extract.date("9.3.2024, never 30.2.2024") == march
+    assert extract.date("in 2024, 12 of 13") is None
+
+
+@pytest.mark.parametrize("text", ["((((" * 20000, "1," * 50000, "[" * 50000, "answer is " * 20000,
+                                  "9.3." * 20000])  # fmt: skip
 def test_no_text_takes_long(text):
     began = time.process_time()
-    for read in (lambda t: extract.choice(t, 26, OPTIONS), extract.number, extract.json_value):
+    reads = (extract.number, extract.json_value, extract.date, extract.icd10)
+    for read in (lambda t: extract.choice(t, 26, OPTIONS), *reads):
         read(text)
     assert time.process_time() - began < 1.0
 

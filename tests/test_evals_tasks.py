@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evals import Generated, Loglikelihood, Options, Scored, Store, build
-from evals.registry import TASKS, options
+from evals.registry import TASKS, chosen, coverage, options
 from evals.runner import run
 
 DATA = Path(__file__).parent.parent / ".." / "shared" / "data" / "evals"
@@ -178,6 +178,15 @@ def test_questions_by_letter_and_by_text(tmp_path):
 def test_wrong_names_and_settings_are_named(names, given, said):
     with pytest.raises(ValueError, match=said):
         build(names, given)
+
+
+def test_every_task_has_a_place_and_can_be_found_by_it():
+    counts = [int(n) for n in re.findall(r"\| (\d+) \|", coverage(list(TASKS)))]
+    assert sum(counts) == len(TASKS)
+    assert set(chosen({"category": "computer science"})) == {"humaneval", "mbpp"}
+    assert chosen({"evaluation": "ME", "group": "alignment"}) == ["judged"]
+    with pytest.raises(ValueError, match="no 'categry'; nearest: category"):
+        chosen({"categry": "reasoning"})
 
 
 def test_published_files_are_read():

@@ -43,7 +43,7 @@ class Labels:
 
 def classify(
     name: str,
-    labels: Labels,
+    labels: Callable[[], Labels],
     examples: Callable[[], Sequence[Example]],
     fewshot: Callable[[], Sequence[Example]],
     shots: int,
@@ -52,17 +52,18 @@ def classify(
     score: str = "acc",
 ) -> Task:
     """A task over `{"id", "text", "class"}`; scores as of multiple choice, and the macro F1 of
-    `score`.
+    `score`. labels: asked for when the task runs.
     """
-    classes = list(labels.words)
 
-    def show(example: Example) -> str:
-        return f"{labels.text} {example['text']}\n{labels.label}"
+    def show(example: Example, of: Labels) -> str:
+        return f"{of.text} {example['text']}\n{of.label}"
 
     def run(example: Example, context: Context) -> Coroutine:
-        shown = "".join(f"{show(e)} {labels.words[e['class']]}\n\n" for e in context.fewshot)
-        texts = [f" {labels.words[each]}" for each in classes]
-        prompt = f"{labels.instruction}\n\n{shown}{show(example)}"
+        of = labels()
+        classes = list(of.words)
+        shown = "".join(f"{show(e, of)} {of.words[e['class']]}\n\n" for e in context.fewshot)
+        texts = [f" {of.words[each]}" for each in classes]
+        prompt = f"{of.instruction}\n\n{shown}{show(example, of)}"
         answers = yield requests(prompt, texts, calibrated=True)
         gold, found = classes.index(example["class"]), picks(texts, answers)
         outcome = "correct" if found[score] == gold else "incorrect"
@@ -70,7 +71,7 @@ def classify(
 
     def aggregate(rows: Sequence[Row]) -> dict[str, Estimate]:
         golds, given = [r["gold"] for r in rows], [r["picks"][score] for r in rows]
-        table = confusion(golds, given, range(len(classes)))
+        table = confusion(golds, given, range(len(labels().words)))
         return {**accuracies(rows), "macro_f1": bootstrap_table(f1, table)}
 
     return Task(name, "1", licence, place, examples, run, aggregate, fewshot, shots)
@@ -94,7 +95,8 @@ LICENCE = "research use"
 def trec(path: str, shots: int = 0) -> Task:
     """path: a folder with `test.txt` and `train.txt`, lines `CLASS:subclass question`."""
     asked, shown = (functools.partial(trec_rows, path, split) for split in ("test", "train"))
-    return classify("classification_trec", TREC_LABELS, asked, shown, shots, TREC_PLACE, LICENCE)
+    name = "classification_trec"
+    return classify(name, lambda: TREC_LABELS, asked, shown, shots, TREC_PLACE, LICENCE)
 
 
 def trec_rows(path: str, split: str) -> list[Example]:
@@ -114,9 +116,8 @@ def polarity(path: str, shots: int = 0) -> Task:
     tenth of each is for few-shot examples, the rest is asked.
     """
     asked, shown = (functools.partial(polarity_rows, path, shown) for shown in (False, True))
-    return classify(
-        "classification_polarity", POLARITY_LABELS, asked, shown, shots, POLARITY_PLACE, LICENCE
-    )
+    name = "classification_polarity"
+    return classify(name, lambda: POLARITY_LABELS, asked, shown, shots, POLARITY_PLACE, LICENCE)
 
 
 def polarity_rows(path: str, shown: bool) -> list[Example]:

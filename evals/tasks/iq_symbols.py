@@ -80,9 +80,13 @@ def _mapped(
     seed: int,
     place: Place,
 ) -> Task:
-    if mode != "original":
+    @functools.cache
+    def mapped() -> Labels:
+        if mode == "original":
+            return labels
         texts = [str(row["text"]) for row in (*asked(), *shown())]
-        labels = symbol_map(labels, texts, seed, mode == "mapped")
+        return symbol_map(labels, texts, seed, mode == "mapped")
+
     place = dataclasses.replace(place, category="reasoning", subcategory="symbolic mapping")
     # A symbol may take more tokens than another, which a sum would hold against it.
-    return classify(name, labels, asked, shown, shots, place, LICENCE, score="acc_tokens")
+    return classify(name, mapped, asked, shown, shots, place, LICENCE, score="acc_tokens")
