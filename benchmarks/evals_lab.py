@@ -6,11 +6,11 @@
         [--html=docs/lab_variants.html] [--table=FILE.md] [--examples=20]
 
 Variants are made once, in OUT/variants, those that learn from inputs with `--text`. Tasks are ones
-that so small a model can do in part: bits per byte and a cloze of each held-out text, a key in
-filler, and the IQ suite's rules and patterns. The cloze is made here: the last word of a passage of
-60 words, in which the word stands once before. Every difference from the unquantized model is a
-paired one, corrected over the whole table. What was computed stays in OUT; given again, the command
-goes on from there.
+that so small a model can do in part (retrieval and the IQ suite it cannot), made here from each
+held-out text: bits per byte; a cloze, the last word of a passage of 60 words in which the word
+stands once before; which of four ways a passage goes on; and which of two neighbouring words came
+first. Every difference from the unquantized model is a paired one, corrected over the whole table.
+What was computed stays in OUT; given again, the command goes on from there.
 
 Exit status: 0, 2 for wrong input, 130 if interrupted.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,11 +27,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs without an installation
 
-from evals import Options, evaluate
+from evals import TASKS, Context, Place, Task, evaluate
 from evals.comparing import Compared, headline
 from evals.curves import LEVEL, worse
 from evals.examples import read_examples, read_text
 from evals.report import Contents, Model, collect, write_html
+from evals.task import Coroutine, Example
+from evals.tasks.options import accuracies, picks, requests
 from model.checkpoint_folder import PARAMS, CheckpointError, problem
 from surgery import METHODS
 from surgery.checkpoint import Text, quantize_checkpoint
@@ -51,17 +54,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "awq-3": ("awq", {"bits": 3, "group": GROUP}),
 }
 """Name -> method of surgery and its settings."""
-IQ = (
-    "iq_counting",
-    "iq_full_repeat",
-    "iq_head_slicing",
-    "iq_head_tail",
-    "iq_key_retrieval",
-    "iq_one_fact",
-    "iq_string_replacement",
-    "iq_two_facts",
-)
 PASSAGE_WORDS, DOCUMENT_CHARACTERS, PER_DOCUMENT = 60, 2000, 8
+CONTINUED_WORDS, SWAPPED_WORDS = 8, 4
+PLACE = Place("knowledge and capability", "language modelling", "text or another", answer="SQ")
 WINDOWS = 64
 
 
@@ -128,10 +123,9 @@ def variants(text: str) -> list[str]:
 def run(options: argparse.Namespace) -> list[Path]:
     """Make the variants and the tasks' files, evaluate; the folders of results, base first."""
     made = [make(name, options) for name in options.variants]
-    names, settings = tasks(options)
-    limited = Options(limit=options.samples)
+    chosen, settings = tasks(options)
     models = [options.checkpoint, *made]
-    found = evaluate(models, names, out=options.out, settings=settings, options=limited)
+    found = evaluate(models, chosen, out=options.out, settings=settings)
     return [options.out / name for name in found]
 
 
@@ -150,22 +144,76 @@ def make(name: str, options: argparse.Namespace) -> Path:
     return folder
 
 
-def tasks(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """Names of tasks, and settings that fit a context of 512 tokens."""
-    names, settings = [], {}
+def tasks(options: argparse.Namespace) -> tuple[list[str | Task], dict[str, Any]]:
+    """Tasks, and settings of those with names, that fit a context of 512 tokens."""
+    found: list[str | Task] = []
+    settings: dict[str, Any] = {}
     for domain, path in options.held_out.items():
-        texts = read(path, options.text_key)
-        whole = [text[:DOCUMENT_CHARACTERS] for text in texts[: options.samples]]
-        passages = [each for text in texts for each in cloze_passages(text)][: options.samples]
-        for task, content in (("perplexity", whole), ("cloze", passages)):
-            label = f"{task}@{domain}"
-            names.append(label)
-            settings[f"{label}.path"] = write(options.out / "data" / f"{label}.jsonl", content)
-    settings |= {"needle.words": (25, 50, 100, 200), "needle.digits": 3}
-    settings |= {"needle.samples": max(1, options.samples // 20)}
-    settings |= {f"{name}.samples": options.samples for name in IQ}
-    settings |= {"iq_counting.most": 50, "iq_key_retrieval.sentences": 4}
-    return [*names, "needle", *IQ], settings
+        texts, most = read(path, options.text_key), options.samples
+        rows = {
+            "perplexity": [{"text": text[:DOCUMENT_CHARACTERS]} for text in texts[:most]],
+            "cloze": [{"text": each} for text in texts for each in cloze_passages(text)][:most],
+            "continuation": continuations(texts, most),
+            "word_order": word_orders(texts, most),
+        }
+        for name, content in rows.items():
+            label = f"{name}@{domain}"
+            file = write(options.out / "data" / f"{label}.jsonl", content)
+            if name in TASKS:
+                settings[f"{label}.path"] = file
+            found.append(label if name in TASKS else choice(label, file))
+    return found, settings
+
+
+def choice(name: str, path: str) -> Task:
+    """Which option is likeliest after its context, of `{"context", "options", "answer"}`."""
+
+    def run(example: Example, context: Context) -> Coroutine:
+        options = [str(each) for each in example["options"]]
+        answers = yield requests(example["context"], options)
+        found = picks(options, answers)
+        outcome = "correct" if found["acc"] == example["answer"] else "incorrect"
+        return {"gold": example["answer"], "picks": found, "outcome": outcome}
+
+    needs = ("context", "options", "answer")
+    return Task(
+        name, "1", "of the text", PLACE, lambda: read_examples(path, needs), run, accuracies
+    )
+
+
+def continuations(texts: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Passages whose last eight words stand among those of three others."""
+    passages = [each for text in texts for each in passages_of(text, PER_DOCUMENT)][: 4 * most]
+    cut = [(words[:-CONTINUED_WORDS], words[-CONTINUED_WORDS:]) for words in passages]
+    rows, rng = [], random.Random(0)
+    for number, (before, after) in enumerate(cut[:most]):
+        others = rng.sample([end for at, (_, end) in enumerate(cut) if at != number], 3)
+        answer = rng.randrange(4)
+        options = [*others[:answer], after, *others[answer:]]
+        shown = [f" {' '.join(words)}" for words in options]
+        rows.append({"context": " ".join(before), "options": shown, "answer": answer})
+    return rows
+
+
+def word_orders(texts: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Passages whose last four words stand as they are, and with the first two of them swapped."""
+    rows, rng = [], random.Random(0)
+    for words in [each for text in texts for each in passages_of(text, PER_DOCUMENT)]:
+        one, other, *rest = words[-SWAPPED_WORDS:]
+        if one != other:
+            answer = rng.randrange(2)
+            orders = [[one, other, *rest], [other, one, *rest]]
+            shown = [f" {' '.join(each)}" for each in (orders if not answer else orders[::-1])]
+            context = " ".join(words[:-SWAPPED_WORDS])
+            rows.append({"context": context, "options": shown, "answer": answer})
+    return rows[:most]
+
+
+def passages_of(text: str, most: int) -> list[list[str]]:
+    """The first passages of 60 words."""
+    words = text.split()
+    starts = range(0, len(words) - PASSAGE_WORDS + 1, PASSAGE_WORDS)
+    return [words[start : start + PASSAGE_WORDS] for start in starts][:most]
 
 
 def read(path: str, text_key: str) -> list[str]:
@@ -192,12 +240,12 @@ def _passages(words: Sequence[str]) -> Iterator[str]:
             start += 1
 
 
-def write(path: Path, texts: Sequence[str]) -> str:
-    """JSON lines of texts."""
-    if not texts:
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """JSON lines."""
+    if not rows:
         raise ValueError(f"{path.stem}: the held-out text gives no examples; give a longer one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 

@@ -28,6 +28,7 @@ from training.cross_entropy import logit_statistics
 Array = jax.Array
 SMALLEST, HEAD_ROWS = 64, 1024
 FORCED = (0, 16, 128)
+FEWER = 8
 BY_LENGTH = ("dynamic", "longrope")
 logger = logging.getLogger(__name__)
 
@@ -178,8 +179,9 @@ def plan(
 ) -> list[Batch]:
     """Batches of jobs of one shape, the longest first.
 
-    Rows are `token_budget // length`, a multiple of `shards`; a shape with fewer jobs than that
-    gets the next power of two. alone: a batch holds one job.
+    Rows are `token_budget // length`, a multiple of `shards`, or an eighth of it where so many
+    would leave too many rows empty: two sizes, so that other jobs seldom need another program.
+    alone: a batch holds one job.
     """
     groups: dict[tuple[int, int, int], list[Job]] = {}
     for job in sorted(jobs, key=lambda job: -len(job.tokens)):
@@ -189,14 +191,19 @@ def plan(
         groups.setdefault(shape, []).append(job)
     batches = []
     for (length, forced, lasts), group in groups.items():
-        rows = 1 if alone else min(max(token_budget // length, 1), _power(len(group), 1))
-        rows = max(rows // shards, 1) * shards
+        rows = shards if alone else _rows(len(group), token_budget // length, shards)
         size = 1 if alone else rows
         batches += [
             Batch(tuple(group[start : start + size]), rows, length, min(forced, length), lasts)
             for start in range(0, len(group), size)
         ]
     return batches
+
+
+def _rows(jobs: int, most: int, shards: int) -> int:
+    """Rows of a batch, so that at most an eighth of all are empty if that many fill one at all."""
+    many, few = (max(size // shards, 1) * shards for size in (most, most // FEWER))
+    return many if -jobs % many * FEWER <= jobs else few
 
 
 @functools.partial(jax.jit, static_argnames=("config", "runtime", "forced"))
