@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "awq-3": ("awq", {"bits": 3, "group": GROUP}),
 }
 """Name -> method of surgery and its settings."""
-PASSAGE_WORDS, DOCUMENT_CHARACTERS, PER_DOCUMENT = 60, 2000, 8
+PASSAGE_WORDS, DOCUMENT_CHARACTERS, PER_DOCUMENT = 60, 1500, 8
 CONTINUED_WORDS, SWAPPED_WORDS = 8, 4
 PLACE = Place("knowledge and capability", "language modelling", "text or another", answer="SQ")
 WINDOWS = 64

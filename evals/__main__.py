@@ -167,12 +167,15 @@ def _run(known: argparse.Namespace, settings: dict[str, str]) -> None:
 
 
 def _sweep(known: argparse.Namespace, settings: dict[str, str]) -> None:
-    from evals.curves import curves, matrix
+    from evals.curves import correlation_table, curves, matrix
     from evals.sweep import sweep
 
     watching = {"follow": known.follow, "poll": known.poll}
     sweep(known.folder, known.tasks, **watching, **_shared(known, settings))
-    print(matrix(curves(known.out)))
+    found = curves(known.out)
+    print(matrix(found))
+    if len(found) > 1:
+        print(f"\n{correlation_table(found)}")
 
 
 def _layout(known: argparse.Namespace):

@@ -1,12 +1,13 @@
 """A sweep read along its steps: how each task's score goes, and where it falls.
 
 for curve in curves("out"):
-    print(curve.task, curve.trend, [point.step for point in curve.falls])
+    print(curve.task, curve.trend, curve.emerges, [point.step for point in curve.falls])
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from evals.task import Estimate
 from model.checkpoint_folder import step_name
 
 LEVEL = 0.05
+STAYS = 3
+"""Checkpoints in a row that are no accident, and fewest that a correlation is given for."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Curve:
 
     points, estimates: one a checkpoint. changes: against the checkpoint before, the first is None;
     p adjusted by Holm over all tasks and steps of the sweep. trend: Spearman's correlation of value
-    and step, which is that of value and log tokens.
+    and step, which is that of value and log tokens. chance: what guessing scores; None of what is
+    lost (bits a byte).
     """
 
     task: str
@@ -43,6 +47,16 @@ class Curve:
     estimates: tuple[Estimate, ...]
     changes: tuple[Compared | None, ...]
     trend: float
+    chance: float | None = None
+
+    @property
+    def emerges(self) -> Point | None:
+        """The first of `STAYS` checkpoints in a row whose whole intervals lie above chance."""
+        if self.chance is None:
+            return None
+        above = [estimate.low > self.chance for estimate in self.estimates]
+        runs = range(len(above) - STAYS + 1)
+        return next((self.points[i] for i in runs if all(above[i : i + STAYS])), None)
 
     @property
     def falls(self) -> list[Point]:
@@ -106,7 +120,37 @@ def _curve(
     estimates = tuple(task["estimates"][metric] for task in tasks)
     trend = spearman([p.step for p in points], [each.value for each in estimates])
     after = tuple(changes.get((name, point.step)) for point in points)
-    return Curve(name, metric, tuple(points), estimates, after, trend)
+    chance = None if lower_is_better(metric) else tasks[-1].get("chance") or 0.0
+    return Curve(name, metric, tuple(points), estimates, after, trend, chance)
+
+
+def correlations(found: Sequence[Curve]) -> dict[tuple[str, str], float]:
+    """Spearman's correlation of each two tasks' values over the checkpoints that have both; nan of
+    fewer than three.
+    """
+    values = {
+        curve.task: {p.step: e.value for p, e in zip(curve.points, curve.estimates, strict=True)}
+        for curve in found
+    }
+    pairs = {}
+    for one, other in itertools.combinations(values, 2):
+        steps = sorted(values[one].keys() & values[other].keys())
+        sides = [[values[task][step] for step in steps] for task in (one, other)]
+        pairs[one, other] = spearman(*sides) if len(steps) >= STAYS else math.nan
+    return pairs
+
+
+def correlation_table(found: Sequence[Curve]) -> str:
+    """`correlations` as Markdown."""
+    pairs, names = correlations(found), [curve.task for curve in found]
+    lines = [f"| Spearman | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for one in names:
+        cells = [
+            "" if one == other else f"{pairs.get((one, other), pairs.get((other, one))):+.2f}"
+            for other in names
+        ]
+        lines.append(f"| {one} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def matrix(found: Sequence[Curve]) -> str:
@@ -127,5 +171,9 @@ def matrix(found: Sequence[Curve]) -> str:
     ]
     for step in steps:
         lines.append(f"| {step} | {' | '.join(each.get(step, '') for each in cells)} |")
-    trends = " | ".join(f"trend {curve.trend:+.2f}" for curve in found)
+    trends = " | ".join(f"trend {curve.trend:+.2f}{_since(curve)}" for curve in found)
     return "\n".join([*lines, f"| all | {trends} |"])
+
+
+def _since(curve: Curve) -> str:
+    return "" if curve.emerges is None else f", above chance from {curve.emerges.step}"

@@ -70,6 +70,7 @@ class SheafLM(LM):
         token_budget: tokens of a batch of scoring.
         max_num_seqs, kv_cache_bytes: texts that are gone on with in one step, and on a CPU the
             memory for their keys and values; None is the engine's own.
+        engine: all settings of the engine in place of these two.
         max_gen_toks: tokens of an answer where a task does not say.
         add_bos_token: begin texts with BOS, or not; None is what the tokenizer's files say.
         prefix_token_id: what stands before a text with nothing before it; None is BOS, else EOS.
@@ -92,6 +93,7 @@ class SheafLM(LM):
         token_budget: int | None = None,
         max_num_seqs: int | None = None,
         kv_cache_bytes: int | None = None,
+        engine: EngineSettings | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
@@ -120,7 +122,7 @@ class SheafLM(LM):
             dtype,
             max_length,
             token_budget,
-            _engine_settings(max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes),
+            engine or _engine_settings(max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes),
         )
         weakref.finalize(self, self._backend.close)
         self._texts = Texts(

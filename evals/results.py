@@ -69,6 +69,7 @@ def _task(result: TaskResult) -> dict[str, Any]:
     task, rows = result.task, result.rows
     outcomes = [row["outcome"] for row in rows if "outcome" in row]
     unparsed = outcomes.count("unparsed") / len(outcomes) if outcomes else None
+    chances = [row["chance"] for row in rows if "chance" in row]
     return {
         "version": task.version,
         "licence": task.licence,
@@ -78,6 +79,7 @@ def _task(result: TaskResult) -> dict[str, Any]:
         "shots": result.shots,
         "examples": len(rows),
         "unparsed": unparsed,
+        "chance": math.fsum(chances) / len(chances) if chances else None,
         "cut_contexts": sum(row.get("cut", 0) for row in rows),
         "estimates": {name: vars(each) for name, each in result.estimates.items()},
     }

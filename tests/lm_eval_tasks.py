@@ -76,11 +76,10 @@ def metrics(*names):
     return [{"metric": name} for name in names]
 
 
-def write_tasks(folder, continued=None):
-    """All tasks; continued: how the model goes on after prompts, right answers to every second."""
+def write_tasks(folder):
     write_options(folder)
     write_likelihoods(folder)
-    write_generations(folder, continued or {})
+    write_generations(folder)
 
 
 def write_options(folder):
@@ -137,14 +136,11 @@ def write_likelihoods(folder):
     )  # fmt: skip
 
 
-def write_generations(folder, continued):
+def write_generations(folder):
     rng = random.Random(3)
     shots = [{"question": text(rng, 2, 5), "answer": text(rng, 1, 3)} for _ in range(4)]
     for name, least, most in (("answers", 2, 6), ("cut_answers", 60, 90)):
         rows = [{"question": text(rng, least, most), "answer": "no"} for _ in range(12)]
-        for number, row in enumerate(rows):
-            if number % 2:
-                row["answer"] = continued.get((name, number), "no")
         write_task(
             folder, name, rows, shots, output_type="generate_until", num_fewshot=2,
             fewshot_config={"sampler": "first_n"},

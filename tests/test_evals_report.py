@@ -14,7 +14,7 @@ from scipy import stats
 
 from evals.__main__ import main
 from evals.comparing import draws_for
-from evals.curves import curves, matrix
+from evals.curves import correlations, curves, matrix
 from evals.report import collect, render, write_html
 from evals.report.markup import join, tag
 from evals.report.plots import ticks
@@ -185,6 +185,28 @@ def test_a_sweep_has_its_curves_and_its_falls(tmp_path):
     assert "4,000" in page.tables["matrix"][4][1]
     assert "▲" in page.tables["matrix"][3][2]
     assert len(json.loads(page.data)["models"]) == 4
+    assert curve.emerges is None  # The last interval reaches down to chance.
+
+
+def test_a_sweep_says_where_a_task_emerges_and_how_tasks_go_together(tmp_path):
+    right = {1: 14, 2: 30, 3: 28, 4: 50}  # Of 60, where guessing has 15.
+    by_step = {
+        step: [written.questions([1] * n + [0] * (60 - n)), written.documents([5 / step, 4 / step])]
+        for step, n in right.items()
+    }
+    folder = written.sweep(tmp_path / "run", by_step)
+    found = {curve.task: curve for curve in curves(folder)}
+    assert found["questions"].chance == 0.25
+    assert found["questions"].emerges.step == 2
+    assert found["perplexity"].emerges is None
+    ranks = stats.spearmanr(list(right.values()), [-step for step in right]).statistic
+    [(pair, value)] = correlations(list(found.values())).items()
+    assert set(pair) == {"perplexity", "questions"}
+    assert value == pytest.approx(ranks)
+    assert "above chance from 2" in matrix(list(found.values()))
+    page = Page(render(collect([folder])))
+    assert page.tables["correlations"][1] == ["perplexity", "–", f"{ranks:+.2f}"]
+    assert page.tables["matrix"][-1] == ["above chance from", "", "–", "2"]
 
 
 def test_what_cannot_be_compared_is_said(folder, tmp_path, capsys):

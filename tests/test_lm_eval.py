@@ -23,6 +23,7 @@ from lm_eval_tasks import BOS, LONGEST, TASKS, write_model, write_tasks
 
 from evals.__main__ import main
 from evals.lm_eval import SheafLM, sampling_params
+from serving import EngineSettings
 
 pytestmark = [
     pytest.mark.interop,
@@ -37,9 +38,16 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama"))
 
 
+ENGINE = EngineSettings(
+    max_num_seqs=4, kv_cache_bytes=1 << 20, max_num_batched_tokens=128, decode_sizes=(4,),
+    chunk_sizes=(128,), page_widths=(4,), warm_up=False,
+)  # fmt: skip
+"""One program for steps with prompts, one for the others."""
+
+
 @pytest.fixture(scope="module")
 def ours(folder):
-    return SheafLM(folder, token_budget=512, max_num_seqs=4, kv_cache_bytes=1 << 20)
+    return SheafLM(folder, token_budget=512, engine=ENGINE)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +56,9 @@ def theirs(folder):
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory, theirs):
-    """The folder of tasks; every second answer is what `hf` says, so that some are right."""
-    draft = tmp_path_factory.mktemp("draft")
-    write_tasks(draft)
-    said = measured(theirs, draft, ["answers", "cut_answers"])["samples"]
-    continued = {
-        (name, row["doc_id"]): row["filtered_resps"][0] for name in said for row in said[name]
-    }
+def tasks(tmp_path_factory):
     made = tmp_path_factory.mktemp("tasks")
-    write_tasks(made, continued)
+    write_tasks(made)
     return made
 
 
@@ -101,9 +102,9 @@ def test_every_answer_and_figure_is_that_of_hf(found, name):
 
 
 def test_the_tasks_tell_models_apart(found):
-    """Some answers are right and some wrong; some are greedy; documents take several windows."""
+    """Some options are right and some wrong; answers differ; documents take several windows."""
     ours, _ = found
-    assert 0.0 < scores(ours, "answers")["exact_match,none"] < 1.0
+    assert len(set(answers(ours, "answers"))) > 6
     assert 0.0 < scores(ours, "choices")["acc,none"] < 1.0
     assert any(one != "" for one in answers(ours, "cut_answers"))
     texts = [row["doc"]["text"] for row in ours["samples"]["documents"]]
@@ -121,7 +122,7 @@ def test_conversations_become_the_same_prompts_and_answers(ours, theirs, tasks):
         assert ours.apply_chat_template(history, **asked) == theirs.apply_chat_template(
             history, **asked
         )
-    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "limit": 4}
     got, wanted = (measured(each, tasks, ["answers"], **chat) for each in (ours, theirs))
     assert answers(got, "answers") == answers(wanted, "answers")
     first = got["samples"]["answers"][0]["arguments"][0][0]
@@ -162,13 +163,13 @@ def test_the_command_runs_the_tasks(folder, tasks, tmp_path, monkeypatch, found)
     """`python -m evals lm_eval`, through lm-eval's own command line."""
     monkeypatch.setattr(sys, "argv", ["evals"])
     flags = [f"--checkpoint={folder}", "--token-budget=512", f"--include_path={tasks}"]
-    flags += [f"--output_path={tmp_path}", "--log_samples", "--limit", "4"]
+    flags += [f"--output_path={tmp_path}", "--log_samples"]
     assert main(["lm_eval", "choices,documents", *flags]) == 0
     (written,) = tmp_path.rglob("results_*.json")
     results = json.loads(written.read_text())
     assert results["config"]["model"] == "sheaf"
     assert len(results["config"]["model_sha"]) == 64
-    assert results["results"]["choices"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert results["results"]["choices"]["acc,none"] == scores(found[0], "choices")["acc,none"]
     (rows,) = tmp_path.rglob("samples_documents_*.jsonl")
     logged = [json.loads(line) for line in rows.read_text().splitlines()]
     whole = answers(found[0], "documents")

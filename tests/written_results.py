@@ -30,6 +30,7 @@ def questions(right, name="questions", data="same"):
             "gold": "blue",
             "parsed": "blue" if hit else "red",
             "outcome": "correct" if hit else "incorrect",
+            "chance": 0.25,
             "prompt": EVIL if i == 1 else f"What colour is {i}?",
             "outputs": [{"texts": [f"{EVIL} {hit}"], "finish": ["length" if i == 2 else "stop"]}],
         }

@@ -152,8 +152,11 @@ def _sweeps(contents: Contents) -> list[Markup]:
         class_="hint",
     )
     for number, each in enumerate(contents.series):
-        table = tables.matrix_table(each)
-        found.append(_section(f"sweep-{number}", f"Checkpoints of {each.label}", hint, table))
+        shown = [tables.matrix_table(each)]
+        if len(each.curves) > 1 and len(each.sweep.points) > 2:
+            told = "How the tasks' values go together over the checkpoints (Spearman)."
+            shown += [tag("p", told, class_="hint"), tables.correlations_table(each)]
+        found.append(_section(f"sweep-{number}", f"Checkpoints of {each.label}", hint, *shown))
     return found
 
 

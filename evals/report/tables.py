@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from evals.comparing import Compared, headline, lower_is_better
-from evals.curves import LEVEL, Curve, worse
+from evals.curves import LEVEL, Curve, correlations, worse
 from evals.report.contents import Contents, Series
 from evals.report.markup import Markup, join, tag
 from evals.report.plots import interval
@@ -116,8 +116,26 @@ def matrix_table(series: Series) -> Markup:
         tag("td", "–" if math.isnan(curve.trend) else f"{curve.trend:+.3f}", class_="num")
         for curve in curves
     ]
+    since = [tag("td", str(c.emerges.step) if c.emerges else "–", class_="num") for c in curves]
     last = [tag("th", "trend", scope="row", title="Spearman, value and step"), tag("td", "")]
-    return _table("matrix", head, [*rows, tag("tr", *last, *trends)])
+    chance = "the first of three checkpoints in a row whose intervals lie above chance"
+    first_above = [tag("th", "above chance from", scope="row", title=chance), tag("td", "")]
+    ends = [tag("tr", *last, *trends), tag("tr", *first_above, *since)]
+    return _table("matrix", head, [*rows, *ends])
+
+
+def correlations_table(series: Series) -> Markup:
+    """How the tasks' values go together over the checkpoints."""
+    pairs, names = correlations(series.curves), [curve.task for curve in series.curves]
+    both = {**pairs, **{(other, one): value for (one, other), value in pairs.items()}}
+    rows = []
+    for one in names:
+        values = [both.get((one, other), math.nan) for other in names]
+        cells = ["–" if math.isnan(value) else f"{value:+.2f}" for value in values]
+        shown = [tag("td", cell, class_="num") for cell in cells]
+        rows.append(tag("tr", tag("th", one, scope="row"), *shown))
+    head = [tag("th", name, scope="col") for name in ("Spearman", *names)]
+    return _table("correlations", head, rows)
 
 
 def _at(curve: Curve, step: int, scale: tuple[float, float]) -> Markup:

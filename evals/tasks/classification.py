@@ -67,7 +67,7 @@ def classify(
         answers = yield requests(prompt, texts, calibrated=True)
         gold, found = classes.index(example["class"]), picks(texts, answers)
         outcome = "correct" if found[score] == gold else "incorrect"
-        return {"gold": gold, "picks": found, "outcome": outcome}
+        return {"gold": gold, "picks": found, "outcome": outcome, "chance": 1 / len(classes)}
 
     def aggregate(rows: Sequence[Row]) -> dict[str, Estimate]:
         golds, given = [r["gold"] for r in rows], [r["picks"][score] for r in rows]

@@ -42,7 +42,7 @@ def multiple_choice(
         answers = yield asked
         found = picks(texts, answers)
         outcome = "correct" if found["acc"] == gold else "incorrect"
-        return {"gold": gold, "picks": found, "outcome": outcome}
+        return {"gold": gold, "picks": found, "outcome": outcome, "chance": 1 / len(options)}
 
     return Task(
         name="multiple_choice",
