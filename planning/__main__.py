@@ -1,6 +1,7 @@
 """`python -m planning`: what a run or a server would take.
 
     python -m planning compile --config=configs/k2_65b.py --topology=v5p:8x8x16
+    python -m planning compile --config=configs/llama2_7b.py --topology=v5e:2x4 --what=decode
     python -m planning search --config=configs/k2_65b.py --hardware=tpu-v5p --devices=1024
     python -m planning clusters --config=configs/k2_65b.py --clusters=FILE
     python -m planning roofline --config=configs/llama2_7b.py --hardware=h100 --batch=8
@@ -58,8 +59,16 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", help="also write the figures to this file")
         return added
 
-    ahead = command("compile", _compile, "compile the training step for a TPU slice")
+    ahead = command("compile", _compile, "compile a step for a TPU slice")
     ahead.add_argument("--topology", required=True, help="such as v5p:8x8x16, or 2*v5e:16x16")
+    ahead.add_argument(
+        "--what", default="train", help="train, or the engine's prefill or decode (default: train)"
+    )
+    serving = ahead.add_argument_group("of prefill and decode")
+    serving.add_argument("--batch", type=int, default=8, help="sequences at once (default: 8)")
+    serving.add_argument("--context", type=int, default=2048, help="their tokens (default: 2048)")
+    serving.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill step")
+    serving.add_argument("--weights", default="bfloat16", help="or int8, int4: of the layers")
 
     search = command("search", _search, "the fastest meshes that fit")
     search.add_argument("--hardware", required=True, help="a name of the table")
@@ -116,13 +125,44 @@ def _write(path: str | None, figures: Any) -> None:
 
 
 def _compile(known: argparse.Namespace, config: Any) -> int:
-    from planning.compile_ahead import compile_training, parse_topology
-    from planning.show import plan_text
+    from planning.compile_ahead import TooLittleMemory, parse_topology
+    from planning.show import plan_text, serving_text
 
-    plan = compile_training(config, parse_topology(known.topology))
-    _print(*plan_text(plan))
-    _write(known.json, dataclasses.asdict(plan))
+    topology = parse_topology(known.topology)
+    try:
+        if known.what == "train":
+            from planning.compile_ahead import compile_training
+
+            plan = compile_training(config, topology)
+            _print(*plan_text(plan))
+        else:
+            from planning.compile_serving import Serving, compile_serving
+
+            serving = Serving(known.what, known.batch, known.context, known.chunk, known.weights)
+            plan = compile_serving(config, topology, serving)
+            _print(*serving_text(plan))
+    except TooLittleMemory as error:
+        _print(f"{config.name} on {topology.name}: {error}")
+        _print(_what_would_fit(known.what, config, topology))
+        return 1
+    _write(known.json, plan.figures())
+    if not plan.fits:
+        _print("", _what_would_fit(known.what, config, topology))
     return 0 if plan.fits else 1
+
+
+def _what_would_fit(what: str, config: Any, topology: Any) -> str:
+    """The nearest plan by the analytical model, or how many chips it would take."""
+    from planning.search import Cluster, Run, search
+
+    if what != "train":
+        return "give more devices to mesh.tensor, or less to --batch, --context or --weights"
+    run = Run(config.model.resolve(), config.data.batch_size, config.data.length)
+    try:
+        best = search(run, Cluster(topology.hardware, topology.chips), 1)[0]
+    except ValueError as error:
+        return str(error)
+    return f"by the analytical model this would fit: {best.flags()}"
 
 
 def _search(known: argparse.Namespace, config: Any) -> int:

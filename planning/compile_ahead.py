@@ -8,12 +8,16 @@ FLOPs come from the operator table, since the compiler counts a loop's body once
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import os
 import re
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,19 +26,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kernels_pallas.tpu_topology import why_not, without_cache
-from model import Runtime, count_parameters, init, rules
+from model import count_parameters
 from planning.collectives import COLLECTIVES, ring_bandwidth, send
 from planning.hardware import HARDWARE, Hardware
 from planning.hlo import Collective, collectives
 from planning.operators import training_flops_per_token
 from sharding import bubble_formula, make_layout
 from training import RunConfig
-from training.decoders import decoder, staged_decoder
-from training.objectives import language_model
+from training.language_model import model_functions
 from training.setup import Functions, prepare, run_mesh
-from training.task import FunctionStream, Task, tokens_by_length
+from training.task import FunctionStream, Task
 from weights import nearest
 
+_MEMORY = (
+    re.compile(
+        r"required for .*? \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+    ),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+)
+"""How the compiler says that memory ran out: what it takes, and what there is, in binary units."""
 NAMES = {"v4": "tpu-v4", "v5e": "tpu-v5e", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "tpu7x": "tpu-7x"}
 """Generation in a topology's name -> row of the hardware table."""
 
@@ -64,6 +74,18 @@ class Topology:
     def hardware(self) -> Hardware:
         """Figures of one chip."""
         return HARDWARE[NAMES[self.generation]]
+
+    def device(self, devices: int) -> Hardware:
+        """Figures of one device, where JAX shows so many on all chips."""
+        chip, share = self.hardware, devices // self.chips
+        return dataclasses.replace(
+            chip,
+            bf16_flops=chip.bf16_flops / share,
+            int8_ops=chip.int8_ops / share,
+            fp8_flops=chip.fp8_flops / share,
+            memory_bytes=chip.memory_bytes / share,
+            bandwidth=chip.bandwidth / share,
+        )
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
@@ -161,6 +183,17 @@ class Plan:
         peak = self.topology.hardware.bf16_flops * self.topology.chips
         return self.flops / (seconds * peak)
 
+    def figures(self) -> dict[str, Any]:
+        """All fields, and what follows from them, for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "memory": self.memory,
+            "fits": self.fits,
+            "mfu_serial": self.utilization(self.serial_seconds),
+            "mfu_overlapped": self.utilization(self.overlapped_seconds),
+            "limited_by": self.limited_by,
+        }
+
     @property
     def limited_by(self) -> str:
         """What to look at first."""
@@ -169,11 +202,34 @@ class Plan:
         return "network" if self.network_seconds > self.compute_seconds else "compute"
 
 
+class TooLittleMemory(ValueError):
+    """A program that no device of the topology can hold; the message says by how much."""
+
+
+@contextlib.contextmanager
+def memory_named() -> Iterator[None]:
+    """Raise `TooLittleMemory` for what the compiler says when memory runs out."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = next(filter(None, (form.search(str(error)) for form in _MEMORY)), None)
+        if found is None:
+            raise
+        takes, limit = (
+            float(found[n]) * 2.0 ** (10 * " KMGT".index(found[n + 1] or " ")) / 2**30
+            for n in (1, 3)
+        )
+        raise TooLittleMemory(
+            f"it takes {takes:.1f} GiB of a device's {limit:.1f} GiB, {takes - limit:.1f} GiB too "
+            "much"
+        ) from error
+
+
 def compile_training(config: RunConfig, topology: Topology) -> Plan:
     """Compile a config's training step for a topology.
 
-    Raises `ValueError` for meshes, batches or rules that do not fit, as training would; compiler
-    errors go through unchanged, but that for too little memory, which names both amounts.
+    Raises `ValueError` for meshes, batches or rules that do not fit, as training would, and
+    `TooLittleMemory` where the compiler finds no room; its other errors go through unchanged.
     """
     if config.model is None or config.data is None:
         raise ValueError("config.model and config.data are needed to plan a run")
@@ -182,37 +238,33 @@ def compile_training(config: RunConfig, topology: Topology) -> Plan:
     functions = _functions(config, mesh)
     batch = _abstract_batch(functions, config.data.length)
     began = time.monotonic()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), without_cache():
-        compiled = functions.step.lower(functions.abstract, batch).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), without_cache(), memory_named():
+        compiled = compiled_with_text(functions.step.lower(functions.abstract, batch))
     return _plan(config, topology, functions, batch, compiled, time.monotonic() - began)
 
 
+def compiled_with_text(lowered: Any) -> tuple[Any, str]:
+    """A compiled program and its optimized HLO, as the compiler itself writes it: JAX cannot print
+    exchanges that run on a TPU's sparse cores.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        written = sorted(Path(folder).glob("*.after_optimizations.txt"))
+        return compiled, written[-1].read_text() if written else compiled.as_text()
+
+
 def _functions(config: RunConfig, mesh: Mesh) -> Functions:
-    assert config.model is not None
     assert config.data is not None
-    model = config.model.resolve()
-    layout = make_layout(mesh, config.sharding)
-    runtime = Runtime(
-        compute_dtype=config.train.compute_dtype,
-        remat=config.train.remat,
-        layout=layout,
-        scan_unroll=max(config.train.scan_unroll, 1),
+    rows, layout = config.data.batch_size, make_layout(mesh, config.sharding)
+    unroll = max(config.train.scan_unroll, 1)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, scan_unroll=unroll)
     )
     task = Task(
-        init=lambda key: init(model, key),
-        apply=decoder(model, runtime),
-        objective=language_model(
-            config.train.z_loss,
-            config.train.label_smoothing,
-            config.train.auxiliary,
-            report=config.train.report,
-        ),
+        **model_functions(config, layout),
         stream=FunctionStream(lambda step: {}),
-        rules=rules(model),
-        batch_axes=tokens_by_length,
-        batch_size=config.data.batch_size,
-        model=model,
-        staged=staged_decoder(model, runtime),
+        batch_size=rows,
     )
     return prepare(task, config, layout)
 
@@ -236,28 +288,28 @@ def _plan(
     topology: Topology,
     functions: Functions,
     batch: dict[str, jax.ShapeDtypeStruct],
-    compiled: Any,
+    compiled: tuple[Any, str],
     seconds: float,
 ) -> Plan:
     assert config.model is not None
     assert config.data is not None
     model, length = config.model.resolve(), config.data.length
     mesh = dict(functions.layout.mesh.shape)
-    memory, hardware = compiled.memory_analysis(), topology.hardware
+    memory, hardware = compiled[0].memory_analysis(), topology.hardware
     state = functions.abstract
-    parameters = _bytes_on_a_device(state.params)
-    batch_bytes = _bytes_on_a_device(batch)
-    found = tuple(collectives(compiled.as_text(), mesh))
+    parameters = bytes_on_a_device(state.params)
+    batch_bytes = bytes_on_a_device(batch)
+    found = tuple(collectives(compiled[1], mesh))
     tokens = config.data.batch_size * length
     chips = topology.chips
     flops = training_flops_per_token(model, length) * tokens
     pipeline, stages = config.train.pipeline, mesh["stage"]
     alternate = stages > 1 and pipeline.schedule == "1f1b"
-    passes = 3 + (config.train.remat == "full") + alternate
+    recomputed = config.train.remat in ("full", "save_attention")
+    passes = 3 + recomputed + alternate
     idle = bubble_formula(stages, config.train.accumulation, pipeline.repeats)
     computed = flops * passes / 3 / chips / (1 - idle)
-    per_chip = len(functions.layout.mesh.devices.flat) // chips
-    within, between = _network_seconds(found, hardware)
+    within, between = network_seconds(found, hardware)
     return Plan(
         topology=topology,
         devices=functions.layout.mesh.size,
@@ -265,10 +317,10 @@ def _plan(
         parameter_count=count_parameters(model),
         tokens=tokens,
         parameters=parameters,
-        optimizer=_bytes_on_a_device(state) - parameters,
+        optimizer=bytes_on_a_device(state) - parameters,
         batch=batch_bytes,
         temporaries=memory.temp_size_in_bytes,
-        limit=hardware.memory_bytes / per_chip,
+        limit=topology.device(functions.layout.mesh.size).memory_bytes,
         flops=flops,
         compute_seconds=computed / hardware.bf16_flops,
         network_seconds=within + between,
@@ -278,7 +330,8 @@ def _plan(
     )
 
 
-def _bytes_on_a_device(tree: Any) -> float:
+def bytes_on_a_device(tree: Any) -> float:
+    """Of the part of all arrays that a device holds."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
@@ -286,7 +339,7 @@ def _bytes_on_a_device(tree: Any) -> float:
     return float(total)
 
 
-def _network_seconds(found: Sequence[Collective], hardware: Hardware) -> tuple[float, float]:
+def network_seconds(found: Sequence[Collective], hardware: Hardware) -> tuple[float, float]:
     """Seconds on the torus's links and on the network between slices, one after another."""
     within = between = 0.0
     link = ring_bandwidth(hardware)

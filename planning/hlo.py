@@ -224,11 +224,11 @@ def _in_computation(
         kind = opcode.removesuffix("-start")
         if kind not in KINDS or opcode.endswith("-done"):
             continue
-        dtype, size = _largest(shape)
+        dtype, size = _moved(kind, opcode, shape)
         groups = _groups(rest)
         devices = len(groups[0]) if groups else math.prod(mesh.values())
         if kind == "reduce-scatter":
-            size = max(_largest(rest.split("), ")[0])[1], size * devices)
+            size *= devices
         if kind == "all-reduce" and "all-reduce-scatter" in name:
             kind = "reduce-scatter"  # XLA's fusion of an all-reduce with the slice that is kept
         if kind == "collective-permute":
@@ -238,6 +238,17 @@ def _in_computation(
 
 def _shown(kind: str) -> str:
     return {"collective-permute": "permute"}.get(kind, kind.replace("-", "_"))
+
+
+def _moved(kind: str, opcode: str, shape: str) -> tuple[str, float]:
+    """dtype and bytes of what a collective leaves on a device: one of several arrays is their sum;
+    what starts one may show its operands too, which are no larger.
+    """
+    arrays = [_largest(f"{dtype}[{dims}]") for dtype, dims in _SHAPE.findall(shape)]
+    dtype, largest = max(arrays, key=lambda each: each[1], default=("", 0.0))
+    if kind == "collective-permute" or (opcode.endswith("-start") and kind != "all-reduce"):
+        return dtype, largest
+    return dtype, sum(size for _, size in arrays)
 
 
 def _largest(text: str) -> tuple[str, float]:

@@ -17,6 +17,8 @@ from sharding.mesh import AXES
 if TYPE_CHECKING:
     from planning.clusters import Crossing
     from planning.compile_ahead import Plan
+    from planning.compile_serving import ServingPlan
+    from planning.hlo import Collective
     from planning.search import Candidate
 
 GIB = 2**30
@@ -141,31 +143,13 @@ def clusters_table(title: str, plans: Mapping[str, Crossing]) -> Table:
 
 
 def plan_text(plan: Plan) -> list[Any]:
-    """What to print of a compiled step."""
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
-    memory = [
-        (kind, f"{value / GIB:.3f}", f"{value / plan.limit:.1%}")
-        for kind, value in (
-            ("parameters", plan.parameters),
-            ("optimizer state", plan.optimizer),
-            ("batch", plan.batch),
-            ("temporaries", plan.temporaries),
-            ("all", plan.memory),
-            ("limit", plan.limit),
-        )
-    ]
-    exchanged = [
-        (
-            each.kind,
-            ", ".join(each.axes) or "?",
-            each.dtype,
-            str(each.devices),
-            quantity(each.size, "B"),
-            f"{each.count:,}",
-            quantity(each.sent, "B"),
-        )
-        for each in plan.collectives[:20]
-    ]
+    """What to print of a compiled training step."""
+    memory = (
+        ("parameters", plan.parameters),
+        ("optimizer state", plan.optimizer),
+        ("batch", plan.batch),
+        ("temporaries", plan.temporaries),
+    )
     step = [
         ("computing, at the peak", duration(plan.compute_seconds)),
         ("network, one after another", duration(plan.network_seconds)),
@@ -174,19 +158,70 @@ def plan_text(plan: Plan) -> list[Any]:
         ("MFU if nothing overlaps", f"{plan.utilization(plan.serial_seconds):.1%}"),
         ("limited by", plan.limited_by),
     ]
-    name = f"{plan.topology.slices} x {plan.topology.name}"
     title = (
-        f"{quantity(plan.parameter_count)} parameters on {name}, {mesh}; "
-        f"{plan.tokens:,} tokens a step, {quantity(plan.flops)} FLOPs; "
+        f"{_place(plan)}; {plan.tokens:,} tokens a step, {quantity(plan.flops)} FLOPs; "
         f"compiled in {plan.compile_seconds:.1f} s"
     )
+    return [title, *_memory_and_network(plan, memory), table("\na step", ("", ""), step)]
+
+
+def serving_text(plan: ServingPlan) -> list[Any]:
+    """What to print of a compiled step of the serving engine."""
+    memory = (
+        ("parameters", plan.parameters),
+        ("cache", plan.cache),
+        ("tokens and settings", plan.slots),
+        ("temporaries", plan.temporaries),
+    )
+    step = [
+        ("operators, one after another", duration(plan.roofline_seconds)),
+        ("network, one after another", duration(plan.network_seconds)),
+        ("tokens/s if nothing overlaps", f"{plan.tokens / plan.seconds:,.0f}"),
+        ("limited by", plan.limited_by),
+    ]
+    serving = plan.serving
+    title = (
+        f"{_place(plan)}; {serving.what} of {plan.tokens:,} tokens, {serving.batch} sequences of "
+        f"{serving.context:,} in the cache, weights {serving.weights}; "
+        f"compiled in {plan.compile_seconds:.1f} s"
+    )
+    return [title, *_memory_and_network(plan, memory), table("\na step", ("", ""), step)]
+
+
+def _place(plan: Plan | ServingPlan) -> str:
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
+    name = f"{plan.topology.slices} x {plan.topology.name}"
+    return f"{quantity(plan.parameter_count)} parameters on {name}, {mesh}"
+
+
+def _memory_and_network(
+    plan: Plan | ServingPlan, kinds: Sequence[tuple[str, float]]
+) -> list[Table]:
+    memory = [
+        (kind, f"{value / GIB:.3f}", f"{value / plan.limit:.1%}")
+        for kind, value in (*kinds, ("all", plan.memory), ("limit", plan.limit))
+    ]
     columns = ("collective", "axes", "type", "devices", "array", "times", "sent by a device")
     return [
-        title,
         table("\nmemory of a device", ("", "GiB", "of the limit"), memory),
-        table("\ncollectives of a step, most bytes first", columns, exchanged),
-        table("\na step", ("", ""), step),
+        table(
+            "\ncollectives of a step, most bytes first",
+            columns,
+            [_exchange(each) for each in plan.collectives[:20]],
+        ),
     ]
+
+
+def _exchange(each: Collective) -> tuple[str, ...]:
+    return (
+        each.kind,
+        ", ".join(each.axes) or "?",
+        each.dtype,
+        str(each.devices),
+        quantity(each.size, "B"),
+        f"{each.count:,}",
+        quantity(each.sent, "B"),
+    )
 
 
 def draw_roofline(path: str | Path, device: Hardware, title: str, found: Sequence[Timed]) -> None:

@@ -1,4 +1,4 @@
-"""Losses and their gradients against float64 NumPy and torch; chunked, masked and sharded alike."""
+"""Losses and their gradients against float64 NumPy and torch; masked and sharded alike."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import MeshConfig, make_mesh
-from training.cross_entropy import head_cross_entropy, token_cross_entropy
+from training.cross_entropy import token_cross_entropy
 from training.objectives import (
     OBJECTIVES,
     classification,
@@ -127,23 +127,6 @@ def test_reported_loss_is_cross_entropy_alone():
     assert float(heavy[1]["router_balance"]) == 3.0
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 12, 1000])
-def test_chunks_give_the_loss_and_gradient_of_the_whole(chunk):
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(2, 12, 8)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(8, 50)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 50, (2, 12)), jnp.int32)
-
-    def total(hidden, kernel, chunk):
-        entropy = head_cross_entropy(lambda x: x @ kernel, hidden, targets, 0.1, chunk)
-        return jnp.sum(entropy.loss + 1e-2 * entropy.log_z**2), entropy
-
-    both = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-    whole, ours = both(hidden, kernel, None), both(hidden, kernel, chunk)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
 def temporary_bytes(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
@@ -156,19 +139,6 @@ def test_no_copy_of_the_logits_is_made():
     logits = jax.ShapeDtypeStruct((4, 64, 4096), jnp.float32)
     targets = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     assert temporary_bytes(jax.grad(summed_loss), logits, targets) < logits.size // 2
-
-
-def test_chunks_bound_the_memory_of_the_logits():
-    hidden = jax.ShapeDtypeStruct((4, 64, 16), jnp.float32)
-    kernel = jax.ShapeDtypeStruct((16, 4096), jnp.float32)
-    targets = jax.ShapeDtypeStruct((4, 64), jnp.int32)
-
-    def loss(hidden, kernel, targets, chunk=None):
-        return head_cross_entropy(lambda x: x @ kernel, hidden, targets, 0.0, chunk).loss.sum()
-
-    gradient = jax.grad(loss, argnums=(0, 1))
-    whole = temporary_bytes(gradient, hidden, kernel, targets)
-    assert temporary_bytes(partial(gradient, chunk=16), hidden, kernel, targets) < whole / 3
 
 
 def test_forward_mode_gives_the_same_derivative():

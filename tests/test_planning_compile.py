@@ -4,11 +4,19 @@ import dataclasses
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from kernels_pallas.tpu_topology import why_not
 from model import ModelConfig, count_parameters
-from planning.compile_ahead import compile_training, parse_topology
+from planning.__main__ import main
+from planning.compile_ahead import (
+    TooLittleMemory,
+    compile_training,
+    memory_named,
+    parse_topology,
+)
+from planning.compile_serving import Serving, compile_serving
 from planning.hlo import collectives
 from training.command_line import parse
 
@@ -97,6 +105,36 @@ def test_wrong_topologies_are_named(name, said):
         parse_topology(name)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "the total memory required for HLO temporaries (23.75G) exceeds available HBM (15.75G).",
+        "Ran out of memory in memory space hbm. Used 23.75G of 15.75G hbm. Exceeded hbm capacity",
+    ],
+)
+def test_memory_that_runs_out_is_told_in_numbers(words):
+    with (
+        pytest.raises(TooLittleMemory, match=r"takes 23.8 GiB of a device's 15.8 GiB, 8.0 GiB too"),
+        memory_named(),
+    ):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="other"), memory_named():
+        raise jax.errors.JaxRuntimeError("INTERNAL: other")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"what": "decoding"}, "what='decoding': no such one; nearest: decode"),
+        ({"weights": "int5"}, "weights='int5': no such one; nearest: int"),
+        ({"batch": 0}, "batch=0; at least 1"),
+    ],
+)
+def test_wrong_serving_is_named(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Serving(**fields)
+
+
 tpu = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
@@ -124,6 +162,43 @@ def test_a_step_compiles_and_gathers_each_layer_forward_and_backward():
     assert gate >= 3 * 3  # gate, up and down of three layers at the least
     assert plan.fits
     assert 0 < plan.utilization(plan.serial_seconds) <= plan.utilization(plan.overlapped_seconds)
+
+
+@tpu
+@pytest.mark.tpu_aot
+def test_what_cannot_fit_is_told_by_how_much_and_what_would(capsys, monkeypatch):
+    config = tiny(data=1, fsdp=4)
+    huge = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=2**18))
+    monkeypatch.setattr("planning.__main__._config", lambda path, flags: huge)
+    assert main(["compile", "--config=configs/quickstart.py", "--topology=v5e:2x2"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of a device's 15.8 GiB" in said
+    assert "GiB too much" in said
+    assert "this would fit: --config.mesh." in said
+
+
+@tpu
+@pytest.mark.tpu_aot
+@pytest.mark.filterwarnings("ignore:append. the plain function runs:UserWarning")  # as it serves
+@pytest.mark.parametrize(("what", "weights"), [("decode", "bfloat16"), ("prefill", "int8")])
+def test_the_engines_step_compiles_with_its_pages_and_packed_weights(what, weights):
+    config = tiny(data=1, tensor=2)
+    model = dataclasses.replace(config.model, num_layers=2, head_dim=128)
+    config = dataclasses.replace(config, model=model)
+    serving = Serving(what, batch=16, context=256, chunk=64, weights=weights)
+    plan = compile_serving(config, parse_topology("v5e:1x2"), serving)
+    model = model.resolve()
+    tokens, width = 16 * 256, 2 * model.kv_heads * model.head_dim * 2
+    assert plan.cache == 2 * tokens * width / 2  # layers, halves of the heads
+    outside = 2 * model.vocab_size * model.d_model
+    layers = count_parameters(model) - outside
+    each = {"bfloat16": 2, "int8": 1}[weights]
+    assert plan.parameters == pytest.approx((2 * outside + each * layers) / 2, rel=0.05)
+    assert plan.tokens == (16 if what == "decode" else 64)
+    sums = [each for each in plan.collectives if each.kind == "all_reduce" and each.dtype == "bf16"]
+    assert sum(each.count for each in sums) >= 2 * 2  # attention and feed-forward of two layers
+    assert plan.fits
+    assert plan.seconds > 0
 
 
 @tpu

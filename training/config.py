@@ -42,6 +42,9 @@ class TrainConfig:
     remat: what the backward pass recomputes; a name of model.POLICIES.
     scan_unroll: layers in one turn of the loop over layers, 0 for all; -1 takes 1, but all on a CPU
         for up to 16 layers, where a loop is slower.
+    logits_chunk: tokens of a device whose logits exist at one time, computed again in the backward
+        pass; 0 for all. -1 takes 2,048 where remat recomputes layers too and there is one pipeline
+        stage, else all.
     clip_norm: largest global norm of the gradient; 0 turns clipping off.
     z_loss: coefficient of log(Z)^2 in the loss.
     label_smoothing: share of the target's probability spread over the vocabulary.
@@ -64,6 +67,7 @@ class TrainConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = -1
+    logits_chunk: int = -1
     clip_norm: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -80,6 +84,8 @@ class TrainConfig:
         for name in ("steps", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.logits_chunk < -1:
+            raise ValueError(f"train.logits_chunk={self.logits_chunk} must be at least 0, or -1")
         if self.compute_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(
                 f"train.compute_dtype={self.compute_dtype!r}; choose float32, bfloat16 or float16"

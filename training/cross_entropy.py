@@ -1,13 +1,12 @@
 """Cross entropy that never holds a one-hot array or a float32 copy of the logits.
 
 The gradient, softmax(logits) - onehot(target), is one fused pass, because what the loss needs of
-the logits has its own derivative rule. All of it stays local where the vocabulary is sharded. With
-a chunk, the head itself runs a few tokens at a time.
+the logits has its own derivative rule. All of it stays local where the vocabulary is sharded.
+`training.chunked_loss` runs the head itself a few tokens at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -63,39 +62,6 @@ def token_cross_entropy(logits: Array, targets: Array, label_smoothing: float = 
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean)
     return Entropy(loss, log_z, _share_of_first_place(logits, chosen))
-
-
-def head_cross_entropy(
-    head: Callable[[Array], Array],
-    hidden: Array,
-    targets: Array,
-    label_smoothing: float = 0.0,
-    chunk: int | None = None,
-) -> Entropy:
-    """`token_cross_entropy(head(hidden), targets)` with `chunk` tokens' logits alive at one time.
-
-    hidden `[batch, length, d_model]`, targets `int32[batch, length]`. Chunks run along the length,
-    so a sharded batch stays where it is; they are equal, so a length with few divisors gets smaller
-    ones (down to one token a row). Backward computes a chunk's logits again.
-    """
-    batch, length = targets.shape
-    if not chunk or chunk >= batch * length:
-        return token_cross_entropy(head(hidden), targets, label_smoothing)
-    pieces = -(-batch * length // chunk)
-    pieces = next((n for n in range(pieces, length + 1) if length % n == 0), length)
-
-    @jax.checkpoint
-    def one(piece: tuple[Array, Array]) -> Entropy:
-        return token_cross_entropy(head(piece[0]), piece[1], label_smoothing)
-
-    by_piece = jax.lax.map(one, (_split(hidden, pieces), _split(targets, pieces)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), by_piece)
-
-
-def _split(x: Array, pieces: int) -> Array:
-    """`[batch, length, ...] -> [pieces, batch, length / pieces, ...]`."""
-    batch, length, *rest = x.shape
-    return jnp.moveaxis(x.reshape(batch, pieces, length // pieces, *rest), 1, 0)
 
 
 def _share_of_first_place(logits: Array, chosen: Array) -> Array:

@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from model import ModelConfig, Runtime, hidden_states, logits, staged
+from model.parameters import describe
 from sharding import Layout
+from training.chunked_loss import Head
 from training.objectives import Apply, Batch
 from training.staged import Staged
+from weights import paths
 
 
 def decoder(config: ModelConfig, runtime: Runtime | None = None, *, head: bool = True) -> Apply:
     """`apply(params, batch, rng) -> (logits float32[batch, length, vocab], aux)`.
 
     Reads `tokens`, and `positions` and `segment_ids` if the batch has them. Without `head` it gives
-    `(hidden, {"head": hidden -> logits, …})`, so that a chunked loss never holds all logits.
+    `(hidden, {"head": Head, …})`, so that a chunked loss never holds all logits.
     """
     runtime = runtime or Runtime()
 
@@ -36,9 +40,26 @@ def decoder(config: ModelConfig, runtime: Runtime | None = None, *, head: bool =
         )
         if head:
             return logits(params, hidden, config, runtime), aux
-        return hidden, {**aux, "head": lambda x: logits(params, x, config, runtime)}
+        return hidden, {**aux, "head": _head(params, config, runtime)}
 
     return apply
+
+
+def _head(params: Any, config: ModelConfig, runtime: Runtime) -> Head:
+    """The head with its own arrays, and where their gradients belong."""
+    layout, described = runtime.layout, describe(config)
+    names = ("head_projection", "embed" if config.tied_embeddings else "head")
+    own = {name: params[name] for name in names if name in params}
+
+    def function(own: Any, hidden: jax.Array, layout: Layout | None) -> jax.Array:
+        return logits(own, hidden, config, dataclasses.replace(runtime, layout=layout))
+
+    def place(path: str) -> NamedSharding:
+        assert layout is not None
+        return layout.sharding(described[path][0].axes, "gradients")
+
+    known = layout is not None and all(path in described for path in paths(own))
+    return Head(own, function, layout, tuple(map(place, paths(own))) if known else ())
 
 
 def staged_decoder(config: ModelConfig, runtime: Runtime | None = None) -> Staged:

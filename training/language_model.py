@@ -30,6 +30,9 @@ from training.task import Task, tokens_by_length
 from training.throughput import flops_per_token
 
 Array = jax.Array
+LOGITS_CHUNK = 2048
+"""Tokens that a device's matrix unit is busy with longer than its memory with the sum of the head's
+gradient, about eight times."""
 UNROLLED_LAYERS = 16
 """Layers up to which a CPU runs them written out: compiling more takes longer than it saves."""
 
@@ -78,42 +81,50 @@ def _parts(config: RunConfig) -> tuple[ModelConfig, DataConfig]:
 def language_model_task(config: RunConfig, dataset: Dataset, layout: Layout | None) -> Task:
     """The `Task` of a decoder on a dataset."""
     model, data = _parts(config)
-    runtime = Runtime(
-        compute_dtype=config.train.compute_dtype,
-        remat=config.train.remat,
-        layout=layout,
-        scan_unroll=scan_unroll(config.train.scan_unroll, model.num_layers),
-    )
-
-    apply = decoder(model, runtime)
     validation = dataset.validation
     return Task(
-        init=lambda key: init(model, key),
-        apply=apply,
-        objective=language_model(
-            config.train.z_loss,
-            config.train.label_smoothing,
-            config.train.auxiliary,
-            report=config.train.report,
-        ),
+        **model_functions(config, layout),
         stream=dataset.train,
         validation=None
         if validation is None
         else lambda rows: validation.iterate(0, rows, len(validation)),
-        rules=rules(model),
-        batch_axes=tokens_by_length,
         batch_size=data.batch_size,
         derived=lambda metrics: {
             "bits_per_byte": metrics["loss"] / math.log(2) / dataset.bytes_per_token
         },
         unit="tokens",
         flops_per_token=flops_per_token(model, data.length),
-        model=model,
         files={**start_files(config.train.start_from), **dataset.tokenizer.files()},
         manifest=dataset.manifest(),
         check_data=check_resume,
-        staged=staged_decoder(model, runtime),
     )
+
+
+def model_functions(config: RunConfig, layout: Layout | None) -> dict[str, Any]:
+    """The fields of a `Task` that follow from the model and how it runs, with no data at hand."""
+    model, _ = _parts(config)
+    runtime = Runtime(
+        compute_dtype=config.train.compute_dtype,
+        remat=config.train.remat,
+        layout=layout,
+        scan_unroll=scan_unroll(config.train.scan_unroll, model.num_layers),
+    )
+    chunk = logits_chunk(config.train.logits_chunk, config.train.remat, layout)
+    return {
+        "init": lambda key: init(model, key),
+        "apply": decoder(model, runtime, head=not chunk),
+        "objective": language_model(
+            config.train.z_loss,
+            config.train.label_smoothing,
+            config.train.auxiliary,
+            chunk,
+            config.train.report,
+        ),
+        "rules": rules(model),
+        "batch_axes": tokens_by_length,
+        "model": model,
+        "staged": staged_decoder(model, runtime),
+    }
 
 
 def start_files(folder: str) -> dict[str, bytes]:
@@ -133,6 +144,18 @@ def scan_unroll(setting: int, layers: int) -> int:
     if setting >= 0:
         return setting
     return 0 if jax.default_backend() == "cpu" and layers <= UNROLLED_LAYERS else 1
+
+
+def logits_chunk(setting: int, remat: str, layout: Layout | None) -> int:
+    """Tokens of a device whose logits exist at one time (0: all), with -1 decided by what else is
+    recomputed.
+
+    Pipeline stages share the logits of one micro-batch, and keep them whole.
+    """
+    if setting >= 0:
+        return setting
+    staged = layout is not None and layout.mesh.shape.get("stage", 1) > 1
+    return 0 if staged or remat == "none" else LOGITS_CHUNK
 
 
 def check_vocabulary(model: ModelConfig, tokenizer_size: int) -> None:

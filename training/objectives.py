@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from training.cross_entropy import head_cross_entropy, token_cross_entropy
+from training.chunked_loss import head_cross_entropy
+from training.cross_entropy import token_cross_entropy
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -73,8 +74,8 @@ def language_model(
     z_loss: coefficient of mean(log Z ^ 2), Z the softmax normaliser (PaLM, section 5).
     label_smoothing: share of the target distribution that is uniform over the vocabulary.
     auxiliary: (name, coefficient) of what layers report in `aux`, summed over layers.
-    chunk: tokens whose logits exist at one time, for an `apply` that gives its head apart
-        (`training.decoders`).
+    chunk: tokens of a device whose logits exist at one time, for an `apply` that gives its head
+        apart (`training.decoders`); None or 0 is all.
     report: names of what layers report in `aux`, to be logged.
 
     Metrics: `loss` (cross entropy alone), `accuracy`, `log_z`, each auxiliary loss, and of each

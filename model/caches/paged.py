@@ -246,12 +246,12 @@ def init_paged_cache(
         layer = segment.layer
         assert layer.kv_heads is not None
         shape = (len(segment), pages, page_size, 2 * layer.kv_heads, layer.head_dim)
-        axes = _axes(layer.kv_heads, layout)
+        axes = page_axes(layer.kv_heads, layout)
         caches[segment.name] = Paged(constrain(jnp.zeros(shape, dtype), axes, layout))
     return PagedCache(caches, jnp.asarray(planned_length, jnp.int32))
 
 
-def _axes(kv_heads: int, layout: Layout | None) -> tuple[str | None, ...]:
+def page_axes(kv_heads: int, layout: Layout | None) -> tuple[str | None, ...]:
     """`AXES`, but all heads whole where they do not divide: keys and values of one never part."""
     uneven = layout is not None and kv_heads % layout.size("kv_heads")
     return (AXES[0], None, None, None, None) if uneven else AXES
