@@ -23,8 +23,11 @@ from model.checkpoint import load
 from training.__main__ import main
 from training.blame import Seen, Verdict, judge
 from training.fleet import choose
+from training.heartbeat import ORPHANED
 from training.json_lines import read
 from training.launchers import LAUNCHERS, free_port, make_launcher
+from training.supervisor import Supervisor
+from training.supervisor_config import SupervisorConfig
 from training.timeline_report import load as load_timeline
 from training.timeline_report import show, slow
 
@@ -45,7 +48,7 @@ first, last = Functions.hash, time.monotonic()
 def slowly(self, batch):
     global last
     if os.environ.get("SHEAF_PROCESS") == "1":
-        time.sleep(min(0.5 * (time.monotonic() - last) + 0.01, 0.5))
+        time.sleep(min(time.monotonic() - last + 0.01, 1.0))
     last = time.monotonic()
     return first(self, batch)
 
@@ -56,7 +59,7 @@ def get_config():
     fields |= dict(data__validation_fraction=0.0, sample__tokens=0)
     return tiny_values(Path({text!r}), **fields)
 """
-"""Process 1 sleeps in every step half as long as the rest of the step takes."""
+"""Process 1 sleeps in every step as long as the rest of the step takes."""
 
 SRUN = """#!/bin/bash
 # Slurm's srun with the nodes on loopback. Devices of a host of which a file says so do not come up.
@@ -227,6 +230,48 @@ def assert_equal_params(one: Path, other: Path) -> None:
         load(one).params,
         load(other).params,
     )
+
+
+QUICKSTART = ["--", "train.py", "--config=configs/quickstart.py"]
+
+
+def test_hosts_that_all_fail_their_check_are_not_left_out_for_good(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--hosts=a,b", "--launcher=false {host}", *QUICKSTART, f"--workdir={tmp_path}"]
+    assert main(["supervise", *flags]) == 2
+    assert "all 2 hosts fail their health check" in capsys.readouterr().err
+    assert not (tmp_path / "supervisor/state.json").exists()
+
+
+def test_a_run_that_never_comes_up_is_given_up_after_as_many_tries_as_were_allowed(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    flags = ["--hosts=a,b", "--launcher=false {host}", "--health=never", "--max-restarts=2"]
+    flags += ["--backoff-seconds=0.01", "--heartbeat-seconds=0.1", *QUICKSTART]
+    assert main(["supervise", *flags, f"--workdir={tmp_path}"]) == 1
+    assert "3 attempts in a row brought no new checkpoint" in capsys.readouterr().out
+    rows = read(tmp_path / "incidents.jsonl")
+    assert [row["kind"] for row in rows] == ["failure"] * 3 + ["given up"]
+    assert rows[0]["suspects"] == ["a", "b"]
+
+
+def test_workers_that_a_lost_supervisor_has_left_end_before_others_begin(tmp_path):
+    beats = tmp_path / "supervisor/0/heartbeats"
+    beats.mkdir(parents=True)
+    program = "import time; from training.heartbeat import Heartbeat; from pathlib import Path"
+    program += f"\nwith Heartbeat(Path({str(beats)!r}), 0, 0.2): time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (beats / "0.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        config = SupervisorConfig(("a",), heartbeat_seconds=0.2)
+        Supervisor(config, ("train.py",), tmp_path)._take_up()
+        assert worker.wait(timeout=30) == ORPHANED
+    finally:
+        worker.kill()
+        worker.communicate()
 
 
 def beat(step: int, span: str = "wait", **facts) -> dict:

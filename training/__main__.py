@@ -123,9 +123,13 @@ def supervise(known: argparse.Namespace, script: list[str]) -> int:
         port=known.port,
     )
     supervisor = Supervisor(config, script, workdir)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: supervisor.stop(signal.Signals(number).name))
-    return supervisor.run()
+    stop = lambda number, _: supervisor.stop(signal.Signals(number).name)  # noqa: E731
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return supervisor.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:

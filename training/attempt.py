@@ -56,7 +56,7 @@ class Attempt:
                 if stopping() and not asked:
                     asked = True
                     (self.beats / STOP).touch()
-                time.sleep(min(0.2, self.config.heartbeat_seconds / 2))
+                time.sleep(min(0.5, self.config.heartbeat_seconds / 2))
             return verdict
         finally:
             self._end()

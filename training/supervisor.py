@@ -25,6 +25,7 @@ from model.checkpoint_folder import problem, read_json, step_name, steps, write_
 from training import json_lines
 from training.attempt import Attempt
 from training.blame import Verdict
+from training.errors import RunError
 from training.fleet import checked, choose
 from training.run_folder import RunFolder, lock
 from training.supervisor_config import SupervisorConfig
@@ -55,7 +56,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the run is done: the exit status, 0 done, 3 stopped, 2 wrong input, 1
-        given up. Raises `RunError` if another supervisor has this run.
+        given up. Raises `RunError` if another supervisor has this run, or all hosts are bad.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with lock(RunFolder(self.root)):
@@ -152,11 +153,21 @@ class Supervisor:
         self.say(f"{verdict.kind} at step {reached} ({lost} steps lost): {verdict.reason}")
 
     def _check_hosts(self) -> None:
-        """Let every host check itself; those that fail are never used again."""
+        """Let every host check itself; those that fail are never used again.
+
+        Raises `RunError` if all do: that is no fault of the hosts, so none is left out.
+        """
         if self.config.health is None:
             return
         self.say(f"checking {len(self._pool())} hosts")
-        for host, reason in checked(self.config, self._pool(), self.root / "health").items():
+        failed = checked(self.config, self._pool(), self.root / "health")
+        if failed and len(failed) == len(self._pool()):
+            reasons = "; ".join(sorted(set(failed.values()))[:3])
+            raise RunError(
+                f"all {len(failed)} hosts fail their health check ({reasons}); what they said is "
+                f"in {self.root / 'health'}; --health=never goes on without"
+            )
+        for host, reason in failed.items():
             self._state["blocked"][host] = reason
             self._note("blocked", host=host, reason=reason)
             self.say(f"{host} is left out from now on: {reason}")
