@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +14,12 @@ from hypothesis import strategies as st
 
 from training import health
 from training.__main__ import main
+from training.fleet import linked
 from training.health import HealthConfig
 from training.health_links import check_ring, neighbours
-from training.health_report import problems, slow_hosts
-from training.launchers import free_port
+from training.health_report import ends_of_bad_links, problems, slow_hosts
+from training.supervisor_config import SupervisorConfig
 
-ROOT = Path(__file__).parent.parent
 SMALL = HealthConfig(64, 2, 2**12, 2**12, 2**12)
 FLAGS = [
     f"--{name}={value}"
@@ -124,28 +120,25 @@ def test_every_link_of_the_ring_is_checked_once_and_no_host_twice_at_a_time(coun
 
 
 @pytest.mark.slow
-def test_two_hosts_check_the_link_between_them_and_agree(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": cpu_devices(2)}
-    command = [sys.executable, "-m", "training", "health", "--num-processes=2"]
-    command.append(f"--coordinator=127.0.0.1:{free_port()}")
-    processes = [
-        subprocess.Popen(
-            [*command, f"--process-id={i}", f"--json={tmp_path / str(i)}.json", *FLAGS],
-            cwd=ROOT,
-            env=environment | {"SHEAF_HOST": f"node-{i}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    one, two = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+def test_two_hosts_check_the_link_between_them_and_agree(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", cpu_devices(2))
+    config = SupervisorConfig(("node-0", "node-1"), health=tuple(FLAGS), health_seconds=240)
+    assert linked(config, config.hosts, tmp_path) == ([], [])
+    one, two = (json.loads((tmp_path / f"{host}.json").read_text()) for host in config.hosts)
     assert one["links"] == two["links"]
     (link,) = one["links"]
     assert link["hosts"] == ["node-0", "node-1"]
     assert link["wrong"] == 0
     assert link["all_reduce_gb_s"] > 0
     assert len(one["devices"]) == 4
-    assert "link node-0 - node-1" in outputs[0]
+    assert "link node-0 - node-1" in (tmp_path / "node-0.log").read_text()
+
+
+def test_the_host_at_which_bad_links_meet_is_the_suspect():
+    link = {"wrong": 0, "all_reduce_gb_s": 10.0, "permute_gb_s": 10.0}
+    names = "abcdef"
+    ring = [link | {"hosts": [a, b]} for a, b in zip(names, names[1:] + "a", strict=True)]
+    ring[2] = ring[2] | {"permute_gb_s": 1.0}
+    assert ends_of_bad_links(report() | {"links": ring}) == []
+    ring[3] = ring[3] | {"wrong": 5}
+    assert ends_of_bad_links(report() | {"links": ring}) == ["d"]

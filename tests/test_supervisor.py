@@ -253,7 +253,7 @@ def test_a_run_that_never_comes_up_is_given_up_after_as_many_tries_as_were_allow
     assert "3 attempts in a row brought no new checkpoint" in capsys.readouterr().out
     rows = read(tmp_path / "incidents.jsonl")
     assert [row["kind"] for row in rows] == ["failure"] * 3 + ["given up"]
-    assert rows[0]["suspects"] == ["a", "b"]
+    assert "a" in rows[0]["suspects"]
 
 
 def test_workers_that_a_lost_supervisor_has_left_end_before_others_begin(tmp_path):

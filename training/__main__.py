@@ -72,6 +72,7 @@ def _supervise_flags(parser: argparse.ArgumentParser) -> None:
     add("--launcher", default="local", help="local, srun, ssh, or a prefix that says {host}")
     add("--health", choices=("always", "failure", "never"), default="always")
     add("--health-flags", default="", help="flags of the health check, in one word")
+    add("--check-links", action="store_true", help="and the links between the hosts")
     add("--health-seconds", type=float, default=120.0, help="longest time of the check of hosts")
     add("--heartbeat-seconds", type=float, default=1.0)
     add("--timeout-seconds", type=float, default=30.0, help="without a heartbeat: a hang")
@@ -115,6 +116,7 @@ def supervise(known: argparse.Namespace, script: list[str]) -> int:
         launcher=make_launcher(known.launcher),
         health=None if known.health == "never" else tuple(known.health_flags.split()),
         check_first=known.health == "always",
+        links=known.check_links,
         health_seconds=known.health_seconds,
         heartbeat_seconds=known.heartbeat_seconds,
         timeout_seconds=known.timeout_seconds,

@@ -12,11 +12,8 @@ from typing import Any
 
 from training.blame import Seen, Verdict, judge
 from training.heartbeat import FOLDER, PROCESS, SECONDS, STOP
-from training.launchers import free_port, kill, python
+from training.launchers import PORTS, free_port, joining, kill, python
 from training.supervisor_config import SupervisorConfig
-
-PORTS = 10
-"""Ports that attempts take in turn, for one that was just used may still be held."""
 
 
 class Attempt:
@@ -38,12 +35,7 @@ class Attempt:
         self._ended: dict[int, float] = {}
         self._workers: list[subprocess.Popen[bytes]] = []
         self._shown = 0
-        self._flags: list[str] = []
-        if len(hosts) > 1:
-            local = config.launcher.local
-            address = "127.0.0.1" if local else hosts[0]
-            port = free_port() if local else config.port + number % PORTS
-            self._flags = [f"--coordinator={address}:{port}", f"--num-processes={len(hosts)}"]
+        self._port = free_port() if config.launcher.local else config.port + number % PORTS
 
     def run(self, stopping: Callable[[], str]) -> Verdict:
         """Start the workers and watch them; returns when none runs any more."""
@@ -66,9 +58,8 @@ class Attempt:
         return {process: beat for process, (_, beat) in self._last.items()}
 
     def _start(self, process: int, host: str) -> None:
-        argv = [python(), *self.script, *self._flags]
-        if self._flags:
-            argv.append(f"--process-id={process}")
+        flags = joining(self.config.launcher, self.hosts, process, self._port)
+        argv = [python(), *self.script, *flags]
         environment = {
             FOLDER: str(self.beats),
             SECONDS: str(self.config.heartbeat_seconds),

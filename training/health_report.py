@@ -90,6 +90,17 @@ def slow_hosts(reports: Mapping[str, Row], tolerance: float = TOLERANCE) -> dict
     }
 
 
+def ends_of_bad_links(report: Row) -> list[str]:
+    """Hosts at an end of two links or more that carried wrong words or were slow."""
+    links: Sequence[Row] = report["links"]
+    bad = {_link(row) for row in links if row["wrong"]}
+    if report["platform"] != "cpu":
+        for name in LINK_RATES:
+            bad |= {text.partition(":")[0] for text in slower(links, name, LINK_SHARE, _link)}
+    ends = [host for row in links if _link(row) in bad for host in row["hosts"]]
+    return sorted({host for host in ends if ends.count(host) > 1})
+
+
 def table(report: Row) -> str:
     """The report as text, problems last."""
     columns = ("device", "host", *RATES)

@@ -21,6 +21,9 @@ from pathlib import Path
 
 from weights import nearest
 
+PORTS = 10
+"""Ports that attempts take in turn, for one that was just used may still be held."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Launcher:
@@ -103,6 +106,18 @@ def kill(process: subprocess.Popen[bytes], grace: float = 1.0) -> None:
 def python() -> str:
     """The interpreter of workers: that of the supervisor."""
     return sys.executable
+
+
+def joining(launcher: Launcher, hosts: Sequence[str], number: int, port: int) -> list[str]:
+    """The flags by which process `number`, one on each host, finds the others; none if alone."""
+    if len(hosts) == 1:
+        return []
+    address = "127.0.0.1" if launcher.local else hosts[0]
+    return [
+        f"--coordinator={address}:{port}",
+        f"--num-processes={len(hosts)}",
+        f"--process-id={number}",
+    ]
 
 
 def free_port() -> int:

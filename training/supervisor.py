@@ -26,7 +26,7 @@ from training import json_lines
 from training.attempt import Attempt
 from training.blame import Verdict
 from training.errors import RunError
-from training.fleet import checked, choose
+from training.fleet import checked, choose, linked
 from training.run_folder import RunFolder, lock
 from training.supervisor_config import SupervisorConfig
 
@@ -167,11 +167,21 @@ class Supervisor:
                 f"all {len(failed)} hosts fail their health check ({reasons}); what they said is "
                 f"in {self.root / 'health'}; --health=never goes on without"
             )
-        for host, reason in failed.items():
+        self._block(failed)
+        if self.config.links and len(self._pool()) > 1:
+            self.say("checking the links between them")
+            problems, suspects = linked(self.config, self._pool(), self.root / "links")
+            if problems:
+                self._note("links", problems=problems, suspects=suspects)
+                self.say("; ".join(problems))
+            self._block({host: "; ".join(problems) for host in suspects})
+        self._write_state()
+
+    def _block(self, reasons: dict[str, str]) -> None:
+        for host, reason in reasons.items():
             self._state["blocked"][host] = reason
             self._note("blocked", host=host, reason=reason)
             self.say(f"{host} is left out from now on: {reason}")
-        self._write_state()
 
     def _pool(self) -> list[str]:
         return [host for host in self.config.hosts if host not in self._state["blocked"]]

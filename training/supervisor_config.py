@@ -16,6 +16,7 @@ class SupervisorConfig:
     launcher: how a command gets onto a host.
     health: flags of the health check; None makes none.
     check_first: check before the first attempt, and not only after a failure.
+    links: check the links between hosts too, once they are sound by themselves.
     heartbeat_seconds: between two signs of life of a worker.
     timeout_seconds: without one, after which a worker counts as hung; ten times as long while it
         starts or compiles. A step has the limit of `faults.watchdog_seconds`.
@@ -30,6 +31,7 @@ class SupervisorConfig:
     launcher: Launcher = Launcher()
     health: tuple[str, ...] | None = ()
     check_first: bool = True
+    links: bool = False
     heartbeat_seconds: float = 1.0
     timeout_seconds: float = 30.0
     health_seconds: float = 120.0
