@@ -134,7 +134,7 @@ class Training:
         self.evaluation: dict[str, float] = {}
         self.step = self.saved = self.evaluated = 0
         self.state: TrainState
-        self._dispatch_seconds = 0.0
+        self._waited_before = 0.0
         self._sent: _Sent | None = None
         self._batches: Iterator[Batch] | None = None
 
@@ -177,8 +177,7 @@ class Training:
     def until(self, last: int, stop: GracefulStop) -> None:
         """Take steps up to `last`, or until a signal asks to stop."""
         self.watchdog.beat(self.step, "compile")
-        self.timeline.enter("data")
-        self.clock.mark()
+        self._mark()
         while self.step < last:
             self._take_step()
             due = self._due(self.config.evaluation.every) or self._due(self.config.checkpoint.every)
@@ -276,9 +275,7 @@ class Training:
             self.state = phase(self.step, self.state)
         placed = self.functions.put(batch)
         self.timeline.enter("dispatch" if self.clock.first_step_seconds else "compile")
-        dispatch = time.perf_counter()
         self.state, metrics = self.functions.step(self.state, placed, self.task.frozen)
-        self._dispatch_seconds = time.perf_counter() - dispatch
         self.step += 1
         sent, self._sent = self._sent, _Sent(self.step, metrics, hashed, data_seconds)
         if sent is not None:
@@ -293,12 +290,10 @@ class Training:
     def _receive(self, sent: _Sent) -> None:
         """Record a step that has ended, look for faults, and act on them."""
         self.timeline.enter("wait")
-        start = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(sent.metrics).items()}
-        # Sending a step may wait for the one before it, as does reading that one's metrics.
-        waited = time.perf_counter() - start + self._dispatch_seconds
         self.timeline.enter("record")
-        seconds = self.clock.step()
+        seconds, waited = self.clock.step(), self.timeline.waited - self._waited_before
+        self._waited_before = self.timeline.waited
         if self.clock.step_seconds() is not None:  # the first step is compilation
             self.times.add(seconds, waited)
         self.watchdog.beat(sent.step)
@@ -439,7 +434,12 @@ class Training:
 
     def _back_to_steps(self) -> None:
         self.watchdog.beat(self.step)
+        self._mark()
+
+    def _mark(self) -> None:
+        """What follows counts as steps."""
         self.timeline.enter("data")
+        self._waited_before = self.timeline.waited
         self.clock.mark()
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:

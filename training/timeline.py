@@ -45,6 +45,7 @@ class Timeline:
         """`every` steps make a row of this process's file in `folder`; 0 writes nothing."""
         process = jax.process_index() if process is None else process
         self.current, self.every = "start", every
+        self.waited = 0.0  # seconds in which this process waited for devices or others
         self.path = folder / f"{process}.jsonl" if every else None
         self._since = time.perf_counter()
         self._to_unix = time.time() - self._since
@@ -62,6 +63,8 @@ class Timeline:
         """What the main thread did has ended, and `name` begins."""
         now = time.perf_counter()
         self._totals[self.current] += now - self._since
+        if self.current in WAITING:
+            self.waited += now - self._since
         self._spans.append((self.current, self._since, now))
         self.current, self._since = name, now
 
