@@ -3,9 +3,10 @@
     python benchmarks/pods.py --rows=FILE.jsonl [--only=TEXT] [--limit=N] [--table]
 
 Each row is compiled in a process of its own, one after another, and added to FILE as soon as it is
-there; rows that FILE has are not compiled again, so a run goes on where it was stopped. Needs
-libtpu and no TPU. At the end, or with --table at once, FILE is printed as a table. MFU counts
-causal attention at half: between the step in which nothing overlaps and that in which all does.
+there; rows that FILE has are not compiled again unless they failed, so a run goes on where it was
+stopped. Needs libtpu and no TPU. At the end, or with --table at once, FILE is printed as a table.
+MFU counts causal attention at half: of the step in which nothing overlaps and of that in which all
+does.
 """
 
 from __future__ import annotations
@@ -94,12 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=len(PODS), help="rows to compile at most")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     known = parser.parse_args(arguments)
-    done = read(known.rows)
+    done = {key for key, row in read(known.rows).items() if "error" not in row}
     missing = [pod for pod in PODS if pod.key not in done and known.only in pod.key]
     for pod in missing[: 0 if known.table else known.limit]:
         row = compiled(pod)
-        with known.rows.open("a") as file:
-            file.write(json.dumps({"key": pod.key, **row}) + "\n")
+        add(known.rows, {"key": pod.key, **row})
         print(f"{pod.key}: {row.get('error') or 'compiled'}", file=sys.stderr, flush=True)
     print(table(read(known.rows)))
     return 0
@@ -115,6 +115,13 @@ def read(path: Path) -> dict[str, Any]:
             continue
         rows[row["key"]] = row
     return rows
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file, on a line of its own even behind one that was cut short."""
+    before = path.read_text() if path.exists() else ""
+    with path.open("a") as file:
+        file.write("\n" * bool(before and not before.endswith("\n")) + json.dumps(row) + "\n")
 
 
 def compiled(pod: Pod) -> dict[str, Any]:
