@@ -73,6 +73,7 @@ def test_examples_are_filtered_by_task_outcome_and_disagreement(browser, report)
     with visit(browser, report) as page:
         entries = page.locator("#list li")
         expect(page.locator("#found")).to_have_text("69 examples")
+        assert page.evaluate("scrollY") == 0  # It opens at its beginning, not at an example.
         page.locator("#task").select_option("questions")
         expect(entries).to_have_count(60)
         page.locator("#differ").check()
