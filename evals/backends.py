@@ -326,14 +326,15 @@ async def generate(client: Client, request: Generate, params: SamplingParams) ->
     if request.messages:
         found = await client.chat(request.messages, params)
     else:
-        found = await client.complete(request.prompt, params)
-    return _generated(found)
+        found = await client.complete(list(request.tokens) or request.prompt, params)
+    return _generated(found, bool(request.tokens))
 
 
-def _generated(found: Completion) -> Generated:
+def _generated(found: Completion, with_ids: bool) -> Generated:
     texts = tuple(choice.text for choice in found.choices)
     reasons = tuple(choice.finish_reason for choice in found.choices)
-    return Generated(texts, reasons, found.prompt_tokens, found.completion_tokens)
+    ids = tuple(choice.token_ids for choice in found.choices) if with_ids else ()
+    return Generated(texts, reasons, found.prompt_tokens, found.completion_tokens, ids)
 
 
 def _rolled(text: str, logprob: float, tokens: int) -> RollingScored:

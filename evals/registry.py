@@ -25,6 +25,7 @@ from evals.tasks.iq_rules import counting, string_replacement
 from evals.tasks.iq_symbols import symbol_polarity, symbol_trec
 from evals.tasks.judged import judged
 from evals.tasks.mbpp import mbpp
+from evals.tasks.memorisation import memorisation
 from evals.tasks.multiple_choice import multiple_choice
 from evals.tasks.needle import needle
 from evals.tasks.perplexity import perplexity
@@ -50,6 +51,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "iq_two_facts": two_facts,
     "judged": judged,
     "mbpp": mbpp,
+    "memorisation": memorisation,
     "multiple_choice": multiple_choice,
     "needle": needle,
     "perplexity": perplexity,

@@ -56,7 +56,7 @@ class Rolling:
 
 @dataclass(frozen=True)
 class Generate:
-    """Go on with a prompt, or answer messages; exactly one of the two.
+    """Go on with a prompt, given as text or as tokens, or answer messages; exactly one of these.
 
     until: texts that end an answer; they are not part of it. temperature: 0 is greedy.
     n: answers. seed: of sampled answers; None leaves them to chance, and they are not stored.
@@ -71,10 +71,13 @@ class Generate:
     n: int = 1
     seed: int | None = None
     to: Role = "subject"
+    tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if bool(self.prompt) == bool(self.messages):
-            raise ValueError("Generate takes a prompt or messages, exactly one of them, not empty")
+        if sum(map(bool, (self.prompt, self.messages, self.tokens))) != 1:
+            raise ValueError(
+                "Generate takes a prompt, tokens or messages, exactly one of them, not empty"
+            )
         if self.max_tokens < 1 or self.n < 1:
             raise ValueError(
                 f"Generate: max_tokens is {self.max_tokens} and n {self.n}; both must be 1 or more"
@@ -148,12 +151,16 @@ class RollingScored:
 
 @dataclass(frozen=True)
 class Generated:
-    """Of a `Generate`: each answer, and why it ended (`stop`, `length`, or what went wrong)."""
+    """Of a `Generate`: each answer, and why it ended (`stop`, `length`, or what went wrong).
+
+    ids: the tokens of each answer to a prompt of tokens; a server does not tell them.
+    """
 
     texts: tuple[str, ...]
     finish: tuple[str, ...]
     prompt_tokens: int = 0
     tokens: int = 0
+    ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
