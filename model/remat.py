@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from sharding import SECONDARY
+
 ATTENTION_OUTPUT = "attention_output"
 """Name under which the attention part marks its output, for policies that keep it."""
 
@@ -16,21 +18,21 @@ EXPERT_PRODUCT = "expert_product"
 """Name of the products of a mixture's experts, which run in loops that policies cannot see into."""
 
 _policies = jax.checkpoint_policies
+_kept = _policies.save_only_these_names
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": _policies.everything_saveable,
-    "full": _policies.nothing_saveable,
+    "full": _kept(SECONDARY),
     "dots": _policies.save_from_both_policies(
-        _policies.dots_saveable, _policies.save_only_these_names(EXPERT_PRODUCT)
+        _policies.dots_saveable, _kept(EXPERT_PRODUCT, SECONDARY)
     ),
     "dots_no_batch": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(EXPERT_PRODUCT),
+        _policies.dots_with_no_batch_dims_saveable, _kept(EXPERT_PRODUCT, SECONDARY)
     ),
-    "save_attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
+    "save_attention": _kept(ATTENTION_OUTPUT, SECONDARY),
 }
 """Name -> what is kept: everything, nothing, all products, products with a weight, the attention
-outputs.
+outputs; and always the secondary copies of weights, where a run asks for them.
 """
 
 

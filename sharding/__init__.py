@@ -7,6 +7,7 @@ function `constrain` places activations.
 
 from sharding.auto import derive_rules
 from sharding.clusters import Cluster, cluster_mesh, place
+from sharding.coded import Coding, dequantize_block, quantize_block
 from sharding.constraints import constrain, gather_rows, map_devices
 from sharding.context import context_attention
 from sharding.distributed import (
@@ -16,8 +17,21 @@ from sharding.distributed import (
     initialize_distributed,
     rows_of_process,
 )
+from sharding.hierarchical import (
+    SECONDARY,
+    Gathered,
+    Roles,
+    gather,
+    local_layout,
+    roles_of,
+    scatter,
+    scatter_once,
+    swizzle_index,
+    weight_of,
+)
 from sharding.layout import (
     TABLE,
+    Collectives,
     Layout,
     ShardingConfig,
     axis_names,
@@ -42,13 +56,18 @@ from sharding.stage_layers import check_stage_layers
 
 __all__ = [
     "AXES",
+    "SECONDARY",
     "TABLE",
     "Cluster",
+    "Coding",
+    "Collectives",
+    "Gathered",
     "Layout",
     "MeshConfig",
     "Pipeline",
     "PipelineConfig",
     "Processes",
+    "Roles",
     "Rule",
     "Schedule",
     "ShardingConfig",
@@ -65,12 +84,15 @@ __all__ = [
     "cluster_mesh",
     "constrain",
     "context_attention",
+    "dequantize_block",
     "derive_rules",
+    "gather",
     "gather_rows",
     "global_array",
     "global_batch",
     "gpipe",
     "initialize_distributed",
+    "local_layout",
     "make_layout",
     "make_mesh",
     "map_devices",
@@ -81,9 +103,15 @@ __all__ = [
     "pipeline_schedule",
     "place",
     "prefixed",
+    "quantize_block",
+    "roles_of",
     "rows_of_process",
     "rules_table",
+    "scatter",
+    "scatter_once",
     "sharded_init",
     "split_linear",
     "state_shardings",
+    "swizzle_index",
+    "weight_of",
 ]

@@ -38,6 +38,10 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 ROLES = ("weights", "gradients", "optimizer")
 
+GATHERS = ("auto", "float32", "bfloat16", "int8")
+REDUCES = (*GATHERS, "int4")
+"""How weights and gradients may travel; "auto" leaves it to the compiler."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +56,12 @@ class ShardingConfig:
     optimizer: changes to the table for optimizer state, made after those for gradients.
     extra_rules: (pattern, logical axes) pairs that stand before the model's own rules.
     context_attention: "ring" passes keys and values around the devices; "all_gather" collects them.
+    gather: how weights travel: "float32", "bfloat16" or "int8"; "auto" leaves it to the compiler.
+    reduce: how gradients travel, those or "int4"; anything but "auto" makes both explicit.
+    block: values that share a scale in int8 and int4; 0 is one scale an array, for comparison.
+    secondary: mesh axes, of those of weights, that split a copy kept from the forward to the
+        backward pass, which is then gathered over them alone; empty keeps none.
+    error_feedback: add what the reduction once a step rounded off to the next step's gradient.
     """
 
     rules: str = "model"
@@ -61,18 +71,50 @@ class ShardingConfig:
     optimizer: tuple[tuple[str, tuple[str, ...]], ...] = ()
     extra_rules: tuple[tuple[str, Axes], ...] = ()
     context_attention: str = "ring"
+    gather: str = "auto"
+    reduce: str = "auto"
+    block: int = 256
+    secondary: tuple[str, ...] = ()
+    error_feedback: bool = False
 
     def __post_init__(self) -> None:
         _one_of("sharding.rules", self.rules, ("model", "auto"))
         _one_of("sharding.zero", self.zero, (0, 1, 2, 3))
         _one_of("sharding.context_attention", self.context_attention, ("ring", "all_gather"))
+        _one_of("sharding.gather", self.gather, GATHERS)
+        _one_of("sharding.reduce", self.reduce, REDUCES)
+        if self.block < 0:
+            raise ValueError(f"sharding.block={self.block}: give the values that share a scale")
+
+    @property
+    def collectives(self) -> Collectives | None:
+        """The explicit ones, or None where the compiler places them."""
+        explicit = self.gather != "auto" or self.reduce != "auto"
+        if not (explicit or self.secondary or self.error_feedback):
+            return None
+        gather, reduce = (
+            "float32" if name == "auto" else name for name in (self.gather, self.reduce)
+        )
+        return Collectives(gather, reduce, self.block, self.secondary, self.error_feedback)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """How weights and gradients travel where the step says so itself; see `ShardingConfig`."""
+
+    gather: str = "float32"
+    reduce: str = "float32"
+    block: int = 256
+    secondary: tuple[str, ...] = ()
+    error_feedback: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh and the tables that map logical axes onto it; hashable, to be static under `jit`.
 
-    `weights` also serves activations. Tables hold `(logical axis, mesh axes)` pairs.
+    `weights` also serves activations. Tables hold `(logical axis, mesh axes)` pairs. `collectives`
+    are those that a training step places itself (`sharding.hierarchical`), if it does.
     """
 
     mesh: Mesh
@@ -80,12 +122,15 @@ class Layout:
     gradients: Table = tuple(TABLE.items())
     optimizer: Table = tuple(TABLE.items())
     context_attention: str = "ring"
+    collectives: Collectives | None = None
 
     def __post_init__(self) -> None:
         for role in ROLES:
             _check_table(role, getattr(self, role), self.mesh)
         _check_subset("weights", self.weights, "gradients", self.gradients)
         _check_subset("gradients", self.gradients, "optimizer", self.optimizer)
+        if self.collectives is not None:
+            _check_secondary(self, self.collectives.secondary)
 
     def spec(self, axes: Axes, role: str = "weights") -> PartitionSpec:
         """The partition spec of an array with these logical axes; mesh axes of size 1 are left out.
@@ -105,6 +150,11 @@ class Layout:
         return math.prod(
             self.mesh.shape[axis] for axis in axis_names(self.spec((logical,), role)[0])
         )
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Mesh axes of more than one device that split the batch."""
+        return axis_names(self.spec(("batch",))[0])
 
     def replicate(self, *logical: str) -> Layout:
         """The same layout with these logical axes whole on every device, in all roles."""
@@ -138,18 +188,22 @@ class Layout:
 
 
 def make_layout(mesh: Mesh, config: ShardingConfig | None = None) -> Layout:
-    """The layout of a config: `TABLE`, then its overrides, then ZeRO's stage, role by role."""
+    """The layout of a config: `TABLE`, then its overrides, then ZeRO's stage, role by role.
+
+    What a role adds to the mesh axes of the one before stands after them, so that a device's piece
+    lies within the piece that it has in that role, and nothing moves between the two.
+    """
     config = config or ShardingConfig()
     weights = _merge(tuple(TABLE.items()), config.weights)
     gradients = _merge(weights, config.gradients)
     optimizer = _merge(gradients, config.optimizer)
-    return Layout(
-        mesh,
-        _without_fsdp(weights) if config.zero < 3 else weights,
-        _without_fsdp(gradients) if config.zero < 2 else gradients,
-        _without_fsdp(optimizer) if config.zero < 1 else optimizer,
-        config.context_attention,
-    )
+    weights = _without_fsdp(weights) if config.zero < 3 else weights
+    gradients = _without_fsdp(gradients) if config.zero < 2 else gradients
+    optimizer = _without_fsdp(optimizer) if config.zero < 1 else optimizer
+    gradients = _within(weights, gradients)
+    optimizer = _within(gradients, optimizer)
+    collectives = config.collectives
+    return Layout(mesh, weights, gradients, optimizer, config.context_attention, collectives)
 
 
 def check_heads(layout: Layout, num_heads: int, kv_heads: int) -> Layout:
@@ -230,6 +284,18 @@ def _without_fsdp(table: Table) -> Table:
     )
 
 
+def _within(inner: Table, outer: Table) -> Table:
+    """The outer role's table, axes ordered so that pieces lie within those of the inner role."""
+    first = dict(inner)
+
+    def ordered(logical: str, axes: tuple[str, ...]) -> tuple[str, ...]:
+        before = first.get(logical, ())
+        rest = tuple(axis for axis in axes if axis not in before)
+        return (*before, *rest) if set(before) <= set(axes) else axes
+
+    return tuple((logical, ordered(logical, axes)) for logical, axes in outer)
+
+
 def _check_table(role: str, table: Table, mesh: Mesh) -> None:
     known = {*AXES, *mesh.axis_names}
     for logical, axes in table:
@@ -251,6 +317,21 @@ def _check_subset(inner: str, small: Table, outer: str, large: Table) -> None:
                 f"{sorted(wide.get(logical, ()))}: each role must be split at least as far as the "
                 f"one before it ({' ⊆ '.join(ROLES)})"
             )
+
+
+def _check_secondary(layout: Layout, secondary: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless the copy is split less far than the weights, but as they are."""
+    for axis in secondary:
+        if axis not in AXES:
+            near = nearest(axis, AXES) or ", ".join(AXES)
+            raise ValueError(f"sharding.secondary: unknown mesh axis {axis!r}; nearest: {near}")
+    split = {axis for name, axes in layout.weights if name != "batch" for axis in axes}
+    shared = [axis for axis in layout.batch_axes if axis in split]
+    if secondary and not set(secondary) < set(shared):
+        raise ValueError(
+            f"sharding.secondary={secondary}: give some, not all, of the mesh axes that split both "
+            f"weights and batch, which are {tuple(shared)} (secondary ⊂ weights)"
+        )
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from model import ModelConfig, Runtime, hidden_states, logits, staged
 from model.parameters import describe
-from sharding import Layout
+from sharding import Gathered, Layout, local_layout
 from training.chunked_loss import Head
 from training.objectives import Apply, Batch
 from training.staged import Staged
@@ -29,18 +29,19 @@ def decoder(config: ModelConfig, runtime: Runtime | None = None, *, head: bool =
     def apply(
         params: Any, batch: Batch, rng: jax.Array | None
     ) -> tuple[jax.Array, Mapping[str, Any]]:
+        here = dataclasses.replace(runtime, layout=local_layout(runtime.layout))
         hidden, aux = hidden_states(
             params,
             batch["tokens"],
             config,
-            runtime,
+            here,
             positions=batch.get("positions"),
             segment_ids=batch.get("segment_ids"),
             rng=rng,
         )
         if head:
-            return logits(params, hidden, config, runtime), aux
-        return hidden, {**aux, "head": _head(params, config, runtime)}
+            return logits(params, hidden, config, here), aux
+        return hidden, {**aux, "head": _head(params, config, here)}
 
     return apply
 
@@ -50,6 +51,8 @@ def _head(params: Any, config: ModelConfig, runtime: Runtime) -> Head:
     layout, described = runtime.layout, describe(config)
     names = ("head_projection", "embed" if config.tied_embeddings else "head")
     own = {name: params[name] for name in names if name in params}
+    # Gathered here, or each piece of the tokens would gather it and reduce its gradient again.
+    own = jax.tree.map(_whole, own, is_leaf=lambda node: isinstance(node, Gathered))
 
     def function(own: Any, hidden: jax.Array, layout: Layout | None) -> jax.Array:
         return logits(own, hidden, config, dataclasses.replace(runtime, layout=layout))
@@ -60,6 +63,10 @@ def _head(params: Any, config: ModelConfig, runtime: Runtime) -> Head:
 
     known = layout is not None and all(path in described for path in paths(own))
     return Head(own, function, layout, tuple(map(place, paths(own))) if known else ())
+
+
+def _whole(node: Any) -> Any:
+    return node.dequantize() if isinstance(node, Gathered) else node
 
 
 def staged_decoder(config: ModelConfig, runtime: Runtime | None = None) -> Staged:

@@ -35,6 +35,7 @@ from sharding import (
 from training.config import RunConfig
 from training.errors import RunError
 from training.evaluation import EvaluationStep, make_evaluation_step
+from training.hierarchical import abstract_feedback, hierarchy
 from training.optimizers import make_optimizer
 from training.record import batch_hash
 from training.schedules import make_schedule
@@ -124,7 +125,16 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
     key = jax.random.key(config.seed)
     guard = config.faults.spike_action == "skip"
     window = config.faults.window if guard else 0
-    abstract = abstract_state(abstract_params, optimizer, trainable, ema, window)
+    collectives = hierarchy(
+        layout,
+        abstract_params,
+        rules,
+        trainable,
+        formats=task.model is not None,
+        again=config.train.remat == "none",
+    )
+    feedback = abstract_feedback(collectives, abstract_params, trainable)
+    abstract = abstract_state(abstract_params, optimizer, trainable, ema, window, feedback)
     placement = place(abstract, rules, layout, trainable)
     by_batch = layout.sharding(("batch",))
     rows = rows_of_process(by_batch, task.batch_size)
@@ -151,9 +161,12 @@ def prepare(task: Task, config: RunConfig, layout: Layout) -> Functions:
             spike_z=config.faults.z if guard else None,
             placement=placement,
             staged=staged,
+            hierarchy=collectives,
         ),
         evaluation_step=make_evaluation_step(task.objective, task.apply, staged, placement),
-        create=lambda: init_state(task.init, optimizer, key, trainable, ema, placement, window),
+        create=lambda: init_state(
+            task.init, optimizer, key, trainable, ema, placement, window, feedback
+        ),
         load=lambda folder: _load(
             folder, abstract, optimizer, key, trainable, ema, placement, window
         ),
@@ -274,7 +287,8 @@ def _load(
 
     def build(params: Any, for_steps: Array) -> TrainState:
         params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, abstract.params)
-        return new_state(params, optimizer, for_steps, trainable, ema, window)
+        feedback = abstract.feedback
+        return new_state(params, optimizer, for_steps, trainable, ema, window, feedback)
 
     return jax.jit(build, out_shardings=placement.state)(params, for_steps)
 

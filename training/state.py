@@ -31,6 +31,8 @@ class TrainState:
     rng: key data of the run's seed, uint32; constant, a step folds its number in.
     ema: averages of the trainable leaves, float32 (None where frozen); or None.
     losses: float32[window], those that spikes are refused by (`training.spike_guard`); or None.
+    feedback: float32 of what reduced gradients lost by rounding (`training.hierarchical`), one of
+        each device that they are not split over; or None.
     """
 
     params: Any
@@ -40,6 +42,7 @@ class TrainState:
     rng: Any
     ema: Any = None
     losses: Any = None
+    feedback: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,12 @@ def new_state(
     trainable: Predicate = everything,
     ema: bool = False,
     window: int = 0,
+    feedback: Any = None,
 ) -> TrainState:
-    """The state before the first step; `rng` is the key that steps fold their number into."""
+    """The state before the first step; `rng` is the key that steps fold their number into.
+
+    `feedback`: shapes of what error feedback keeps.
+    """
     ours, _ = split_trainable(params, trainable)
     return TrainState(
         params=params,
@@ -69,6 +76,7 @@ def new_state(
         rng=jax.random.key_data(rng),
         ema=start_average(ours) if ema else None,
         losses=no_losses(window) if window else None,
+        feedback=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), feedback),
     )
 
 
@@ -80,13 +88,14 @@ def init_state(
     ema: bool = False,
     placement: Placement | None = None,
     window: int = 0,
+    feedback: Any = None,
 ) -> TrainState:
     """`init_params(key)` and its state, compiled so that each device makes only its own part."""
     for_params, for_steps = jax.random.split(rng)
 
     def build(for_params: Array, for_steps: Array) -> TrainState:
         params = init_params(for_params)
-        return new_state(params, optimizer, for_steps, trainable, ema, window)
+        return new_state(params, optimizer, for_steps, trainable, ema, window, feedback)
 
     shardings = None if placement is None else placement.state
     return jax.jit(build, out_shardings=shardings)(for_params, for_steps)
@@ -98,12 +107,14 @@ def abstract_state(
     trainable: Predicate = everything,
     ema: bool = False,
     window: int = 0,
+    feedback: Any = None,
 ) -> TrainState:
-    """The state's shapes and dtypes, with nothing allocated."""
-    return jax.eval_shape(
+    """The state's shapes and dtypes, with nothing allocated; `feedback` has its shardings."""
+    state = jax.eval_shape(
         lambda params: new_state(params, optimizer, jax.random.key(0), trainable, ema, window),
         abstract_params,
     )
+    return dataclasses.replace(state, feedback=feedback)
 
 
 def place(
@@ -115,12 +126,14 @@ def place(
     """Shardings of a state and its gradients by the table's roles: weights, gradients, optimizer.
 
     Moments and averages go where the table puts their parameter's optimizer state; counters are on
-    every device.
+    every device. With collectives of its own a step makes its weights from masters that lie with
+    the optimizer's state, and leaves gradients there.
     """
     rules = tuple(rules)
+    explicit = layout.collectives is not None
+    roles = ("optimizer",) * 3 if explicit else ("weights", "gradients", "optimizer")
     weights, gradients, moments = (
-        partition(abstract.params, rules, layout, role=role)
-        for role in ("weights", "gradients", "optimizer")
+        partition(abstract.params, rules, layout, role=role) for role in roles
     )
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     state = TrainState(
@@ -131,6 +144,7 @@ def place(
         rng=everywhere,
         ema=state_shardings(abstract.ema, abstract.params, moments),
         losses=None if abstract.losses is None else everywhere,
+        feedback=jax.tree.map(lambda leaf: leaf.sharding, abstract.feedback),
     )
     ours = map_leaves(lambda path, sharding: sharding if trainable(path) else None, gradients)
     return Placement(state, ours, layout)

@@ -7,6 +7,7 @@ applied and nothing has to be undone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from training.averaging import update_average
+from training.gradients import batch_gradients
+from training.hierarchical import Hierarchy, hierarchical_gradients
 from training.objectives import Apply, Metrics, Objective
 from training.schedules import Schedule
 from training.spike_guard import remember, robust_score
@@ -43,6 +46,7 @@ def make_step(
     spike_z: float | None = None,
     placement: Placement | None = None,
     staged: StagedStep | None = None,
+    hierarchy: Hierarchy | None = None,
 ) -> Step:
     """Jitted `step(state, batch, frozen=None) -> (state, metrics)`; the state given is donated.
 
@@ -52,7 +56,8 @@ def make_step(
     `learning_rate`, `grad_norm` (before clipping), `update_norm`, `param_norm` (after the update),
     `nonfinite` (1 if this step was not finite). With `spike_z` an update whose loss has a robust
     score above it is refused too, and `spike` is 1; the state must have been made with a window.
-    With `staged` the micro-batches go through pipeline stages, and `apply` is not called.
+    With `staged` the micro-batches go through pipeline stages, and `apply` is not called. With
+    `hierarchy` the step places its own collectives; its `placement` must be of the same layout.
     """
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite is {nonfinite!r}: give one of {', '.join(NONFINITE)}")
@@ -66,7 +71,12 @@ def make_step(
         micro = micro_batches(batch, accumulation, placement)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         shardings = None if placement is None else placement.gradients
-        if staged is not None:
+        feedback = state.feedback
+        if hierarchy is not None:
+            gradients, metrics, feedback = hierarchical_gradients(
+                hierarchy, objective, apply, ours, others, micro, key, frozen, feedback
+            )
+        elif staged is not None:
             gradients, metrics = staged_gradients(
                 staged, objective, ours, others, micro, key, frozen, shardings
             )
@@ -99,10 +109,13 @@ def make_step(
             new, update_norm = update(old)
         else:
             new, update_norm = jax.lax.cond(accepted, update, _refuse, old)
+            feedback = jax.tree.map(partial(jnp.where, accepted), feedback, state.feedback)
         skipped = state.skipped + (0 if accepted is None else ~accepted)
         ours, opt_state, ema = new
         params = merge(ours, others)
-        state = TrainState(params, opt_state, state.step + 1, skipped, state.rng, ema, losses)
+        state = TrainState(
+            params, opt_state, state.step + 1, skipped, state.rng, ema, losses, feedback
+        )
         return state, {
             **metrics,
             "learning_rate": rate,
@@ -114,46 +127,6 @@ def make_step(
 
     shardings = None if placement is None else (placement.state, None)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
-
-
-def batch_gradients(
-    objective: Objective,
-    apply: Apply,
-    params: Any,
-    micro: Mapping[str, Any],
-    rng: Array,
-    frozen: Any = None,
-    shardings: Any = None,
-) -> tuple[Any, Metrics]:
-    """Gradient and metrics of a batch cut into micro-batches `[accumulation, micro, ...]`.
-
-    With weights w_i the loss is sum w_i loss_i / sum w_i, exactly that of one large batch. Metrics
-    are averaged the same way; `tokens` is sum w_i and `objective` the minimised value.
-    """
-    weights = jax.vmap(objective.weight)(micro)
-    total = jnp.sum(weights)
-    shares = weights / jnp.maximum(total, 1e-8)
-
-    def one(share: Array, batch: Any, rng: Array) -> tuple[Any, Metrics]:
-        gradients, metrics = _gradients(objective, apply, params, batch, rng, frozen, share)
-        return _constrain(gradients, shardings), metrics
-
-    count = weights.shape[0]
-    if count == 1:
-        gradients, metrics = one(jnp.float32(1), jax.tree.map(lambda x: x[0], micro), rng)
-        return gradients, {**metrics, "tokens": total}
-
-    def body(sums: Any, piece: tuple[Array, Any, Array]) -> tuple[Any, Metrics]:
-        share, batch, index = piece
-        gradients, metrics = one(share, batch, jax.random.fold_in(rng, index))
-        sums = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), sums, gradients)
-        return sums, jax.tree.map(lambda value: share * value, metrics)
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    gradients, metrics = jax.lax.scan(
-        body, _constrain(zeros, shardings), (shares, micro, jnp.arange(count))
-    )
-    return gradients, {**jax.tree.map(jnp.sum, metrics), "tokens": total}
 
 
 def micro_batches(
@@ -217,37 +190,3 @@ def _update(
 def _refuse(old: Updated) -> tuple[Updated, Array]:
     """All as it was. A branch, since a select would copy every array to keep its old value."""
     return old, jnp.float32(0)
-
-
-def _gradients(
-    objective: Objective,
-    apply: Apply,
-    params: Any,
-    batch: Any,
-    rng: Array,
-    frozen: Any,
-    share: Array,
-) -> tuple[Any, Metrics]:
-    """Gradients times `share`, and metrics with `loss` and `objective`."""
-    if objective.gradients is not None:
-        gradients, metrics = objective.gradients(apply, params, batch, rng, frozen=frozen)
-        gradients = jax.tree.map(lambda g: share * g, gradients)
-        return gradients, {"objective": metrics["loss"], **metrics}
-
-    def value(params: Any) -> tuple[Array, Metrics]:
-        loss, metrics = objective.loss(apply, params, batch, rng, frozen=frozen)
-        if jnp.shape(loss) != ():
-            raise ValueError(
-                f"the objective's loss has shape {jnp.shape(loss)}: "
-                "it must be one scalar, the mean over targets"
-            )
-        return share * loss, {"loss": loss, **metrics, "objective": loss}
-
-    (_, metrics), gradients = jax.value_and_grad(value, has_aux=True)(params)
-    return gradients, metrics
-
-
-def _constrain(gradients: Any, shardings: Any) -> Any:
-    if shardings is None:
-        return gradients
-    return jax.tree.map(jax.lax.with_sharding_constraint, gradients, shardings)
