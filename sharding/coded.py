@@ -48,7 +48,7 @@ def quantize_block(x: Array, bits: int, block: int, axis: int = -1) -> Coded:
     over = (axis + 1,) if block else tuple(range(x.ndim))
     largest = (1 << (bits - 1)) - 1
     scales = (jnp.max(jnp.abs(cut), axis=over, keepdims=True) / largest).astype(jnp.bfloat16)
-    scales = jnp.where(scales == 0, jnp.ones_like(scales), scales)
+    scales = jnp.where(scales < jnp.finfo(jnp.bfloat16).tiny, jnp.ones_like(scales), scales)
     codes = jnp.clip(jnp.round(cut / scales.astype(jnp.float32)), -largest, largest)
     scales = scales.reshape([n for i, n in enumerate(scales.shape) if not block or i != axis + 1])
     return Coded(codes.astype(CODES[bits]).reshape(x.shape), scales)
@@ -102,16 +102,19 @@ class Coding:
         return message.astype(jnp.float32)
 
 
-def coding_for(precision: str, block: int, shape: tuple[int, ...]) -> Coding:
+def coding_for(
+    precision: str, block: int, shape: tuple[int, ...], axis: int | None = None
+) -> Coding:
     """How an array travels whose part on one device has this shape.
 
-    Blocks lie along its longest dimension. Vectors, and arrays that no blocks of useful size
+    Blocks lie along `axis`, or the longest one. Vectors, and arrays that no blocks of useful size
     divide, travel in float32.
     """
     if len(shape) < 2:
         return Coding()
     if precision not in BITS or block == 0:
         return Coding(precision)
-    axis = max(range(len(shape)), key=lambda index: shape[index])
+    if axis is None:
+        axis = max(range(len(shape)), key=lambda index: shape[index])
     found = block_of(shape[axis], block)
     return Coding(precision, axis, found) if found >= SMALLEST_BLOCK else Coding()

@@ -89,20 +89,24 @@ def roles_of(path: str, shape: Sequence[int], rule: Rule, layout: Layout) -> Rol
         size // math.prod(layout.mesh.shape[axis] for axis in names)
         for size, names in zip(shape, every[-1], strict=True)
     )
-    gather = collectives.gather
-    if path.endswith("/table") and gather != "float32":
-        gather = "bfloat16"  # whoever looks rows up meets every rounding of them anew
-    split = {axis for names in weights for axis in names}
+    table = path.endswith("/table")  # its rows are of unlike size, and so are their gradients
     return Roles(
         weights,
         gradients,
         optimizer,
-        tuple(axis for axis in collectives.secondary if axis in split),
+        tuple(axis for axis in collectives.secondary if axis in _all(weights)),
         *(
-            coding_for(name, collectives.block, local) if math.prod(shape) >= SMALLEST else Coding()
-            for name in (gather, collectives.reduce)
+            coding_for(name, collectives.block, local, axis=-1 if table else None)
+            if math.prod(shape) >= SMALLEST
+            else Coding()
+            for name in (_for_weights(collectives.gather, table), collectives.reduce)
         ),
     )
+
+
+def _for_weights(precision: str, table: bool) -> str:
+    """What is looked up row by row is not rounded to integers."""
+    return "bfloat16" if table and precision == "int8" else precision
 
 
 def gather(shard: Array, dims: Dims, coding: Coding, secondary: Sequence[str] = ()) -> Array:

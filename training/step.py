@@ -125,6 +125,9 @@ def make_step(
             "nonfinite": 1 - (finite & jnp.isfinite(update_norm)).astype(jnp.float32),
         }
 
+    if hierarchy is not None and jax.default_backend() == "cpu":
+        # Read back from the cache, XLA's CPU programs mix up collectives, which share a channel.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     shardings = None if placement is None else (placement.state, None)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
