@@ -4,8 +4,8 @@
 
 A Llama-style model of two layers of width 128 on characters or byte pairs. Weights, gradients and
 optimizer state are split over two groups of four devices, so each gradient is rounded twice on its
-way. Prints one table of validation losses. The last row gives each array one scale in place of one a
-block: where it is no worse, as with characters, the comparison cannot tell what blocks are for.
+way. Prints one table of validation losses. In the last row an array has one scale, a block none:
+where it is no worse, as with characters, the comparison cannot tell what blocks are for.
 """
 
 from __future__ import annotations

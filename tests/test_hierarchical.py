@@ -86,7 +86,7 @@ def test_an_array_comes_back_within_half_a_scale_and_empty_blocks_as_they_were(
 def _cache_as_it_was():
     """Steps with collectives of their own turn the cache of programs off, on a CPU."""
     name = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.read(name)
+    before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
     yield
     jax.config.update(name, before)
