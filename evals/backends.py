@@ -43,6 +43,8 @@ from serving.memory import Model
 from sharding import Layout
 from weights import flatten, is_format, nbytes, size
 
+WAITING = 4096
+"""Most texts that are gone on with at once."""
 Answers = Iterator[list[tuple[int, Response]]]
 
 
@@ -68,6 +70,14 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free what it holds."""
         ...
+
+
+def engine_settings(**changed: Any) -> EngineSettings:
+    """The engine's settings for evaluations: nothing is warmed up, and few sizes of steps, so that
+    few programs are compiled while examples wait.
+    """
+    few = {"decode_sizes": (4, 16, 64), "chunk_sizes": (512,)}
+    return EngineSettings(**{"warm_up": False, "max_waiting": WAITING, **few, **changed})
 
 
 class InProcess:
@@ -108,7 +118,7 @@ class InProcess:
         params = prepared(self.checkpoint.params, layout)
         model = Model(params, self.checkpoint.config, Runtime(compute_dtype=dtype, layout=layout))
         self.scorer = Scorer(model, length, token_budget or (4096 if on_cpu else 65536))
-        settings = engine or EngineSettings(warm_up=False, max_waiting=4096)
+        settings = engine or engine_settings()
         self._settings = dataclasses.replace(
             settings,
             compute_dtype=settings.compute_dtype or dtype,

@@ -33,7 +33,7 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 
 from data.chat import ChatTemplateError
-from evals.backends import InProcess
+from evals.backends import WAITING, InProcess, engine_settings
 from evals.evaluation import mesh_layout
 from evals.gather import as_completed
 from evals.lm_eval_texts import Texts
@@ -49,8 +49,6 @@ from weights import nearest
 NAME = "sheaf"
 OWNER = "sheaf: the model whose answers these are"
 """Key of a cache file of lm-eval."""
-WAITING = 4096
-"""Most texts that are gone on with at once."""
 SAMPLING = (
     *("top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "min_tokens"),
@@ -306,8 +304,7 @@ def register() -> None:
 
 
 def _engine_settings(**given: int | None) -> EngineSettings:
-    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return EngineSettings(warm_up=False, max_waiting=WAITING, **changed)
+    return engine_settings(**{name: value for name, value in given.items() if value is not None})
 
 
 def _refuse_unknown(where: str, given: Iterable[str], known: Sequence[str]) -> None:
