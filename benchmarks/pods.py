@@ -58,31 +58,36 @@ MIXTURE = f"16 % by its H100 hours; {MAXTEXT} 52.6 % (Mixtral 8x7B, v5p)"
 PODS = (
     Pod("minicpm_2b", "v5e:4x4", "mesh.data=1 mesh.fsdp=16 data.batch_size=64", SMALL),
     Pod("minicpm_2b", "v6e:4x4", "mesh.data=1 mesh.fsdp=16 data.batch_size=128", SMALL),
-    Pod("k2_65b", "v5p:8x8x16", "mesh.data=1 mesh.fsdp=1024 data.batch_size=2048", V5P_70B),
+    Pod("k2_65b", "v5p:8x8x16", "mesh.data=16 mesh.fsdp=64 data.batch_size=2048", V5P_70B),
     Pod(
         "k2_65b",
         "v5e:16x16",
-        "mesh.data=1 mesh.fsdp=256 data.batch_size=2048 train.accumulation=4",
+        "mesh.data=1 mesh.fsdp=64 mesh.tensor=4 data.batch_size=2048 train.accumulation=16",
         V6E_70B,
     ),
-    Pod("llama2_70b", "v5p:8x8x8", "mesh.data=1 mesh.fsdp=512", V5P_70B),
-    Pod("llama2_70b", "v6e:16x16", "mesh.data=1 mesh.fsdp=256 train.accumulation=2", V6E_70B),
-    Pod("gpt3_175b", "v5p:8x8x8", "mesh.data=1 mesh.fsdp=512", GPT_175B),
-    Pod("gpt3_175b", "2*v6e:16x16", "mesh.data=2 mesh.fsdp=256", GPT_175B),
+    Pod("llama2_70b", "v5p:8x8x8", "mesh.data=8 mesh.fsdp=64", V5P_70B),
+    Pod("llama2_70b", "v6e:16x16", "mesh.data=4 mesh.fsdp=64 train.accumulation=4", V6E_70B),
+    Pod("gpt3_175b", "v5p:8x8x8", "mesh.data=8 mesh.fsdp=64", GPT_175B),
+    Pod(
+        "gpt3_175b",
+        "2*v6e:16x16",
+        "mesh.data=2 mesh.fsdp=64 mesh.tensor=4 train.accumulation=6",
+        GPT_175B,
+    ),
     Pod(
         "gpt_1t",
         "v5p:8x16x16",
-        "mesh.data=1 mesh.fsdp=512 mesh.tensor=4 data.batch_size=2048",
+        "mesh.data=2 mesh.fsdp=128 mesh.tensor=8 data.batch_size=2048 train.accumulation=4",
         GPT_1T,
     ),
     Pod(
         "gpt_1t",
         "v5p:16x16x16",
-        "mesh.data=1 mesh.fsdp=1024 mesh.tensor=4 data.batch_size=3072",
+        "mesh.data=4 mesh.fsdp=128 mesh.tensor=8 data.batch_size=3072 train.accumulation=3",
         GPT_1T,
     ),
-    Pod("jetmoe_8b", "v5p:4x4x4", "mesh.data=1 mesh.fsdp=64 data.batch_size=1024", MIXTURE),
-    Pod("jetmoe_8b", "v5e:8x8", "mesh.data=1 mesh.fsdp=64 data.batch_size=256", MIXTURE),
+    Pod("jetmoe_8b", "v5p:4x4x4", "mesh.data=4 mesh.fsdp=16 data.batch_size=1024", MIXTURE),
+    Pod("jetmoe_8b", "v5e:8x8", "mesh.data=4 mesh.fsdp=16 data.batch_size=256", MIXTURE),
 )
 """Rows, those that compile fast first."""
 
