@@ -50,8 +50,9 @@ class ProgramStore:
     def beside_jax(cls, devices: Sequence[Any], told: Sequence[Any]) -> ProgramStore:
         """In the folder of JAX's own cache, if it has one on a disk."""
         folder = _configured("compilation_cache_dir")
-        on_disk = folder is not None and "://" not in folder
-        return cls(Path(folder) / "programs" if on_disk else None, devices, told)
+        if folder is None or "://" in folder:
+            return cls(None, devices, told)
+        return cls(Path(folder) / "programs", devices, told)
 
     @contextlib.contextmanager
     def without_jaxs(self) -> Iterator[None]:
