@@ -1,13 +1,13 @@
 """The scoring core: log-probabilities of the ends of token rows, on a checkpoint in process.
 
-Rows are sorted by length, padded on the right to a bucket, and batched to a budget of tokens, so
-few programs are compiled and what a row gets does not depend on its neighbours. Logits exist only
-for the positions that count, a chunk at a time, in float32. Rows that differ in their last token
-only (options of a question) go through the model once.
+`evals.batches` makes few shapes of rows, so few programs are compiled and what a row gets does not
+depend on its neighbours. Logits exist only for the positions that count, a chunk at a time, in
+float32. What rows share (the question before its options) goes through the model once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,18 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evals.batches import Batch, QuestionBatch, Room, plan
 from evals.spans import Span
-from model import ModelConfig, Runtime, hidden_states, logits
+from model import ModelConfig, Runtime, hidden_states, init_cache, logits
+from model.caches.attend import AXES
 from model.sampling import most_likely
+from model.segments import segments_of
 from serving.memory import Model
-from sharding import constrain
+from sharding import Layout, constrain
 from training.cross_entropy import logit_statistics
 
 Array = jax.Array
-SMALLEST, HEAD_ROWS = 64, 1024
-FORCED = (0, 16, 128)
-FEWER = 8
+HEAD_ROWS = 1024
 BY_LENGTH = ("dynamic", "longrope")
+Found = tuple[np.ndarray, np.ndarray, np.ndarray, Any]
+"""Of a job: log-probabilities of its scored tokens and whether each is the likeliest, those of the
+tokens that may come last, and the likeliest of these.
+"""
 logger = logging.getLogger(__name__)
 
 
@@ -52,31 +57,6 @@ class Work:
     tokens: int = 0
     rows: int = 0
     programs: set[tuple[int, ...]] = field(default_factory=set)
-
-
-@dataclass
-class Job:
-    """One row of a batch: what the model reads, how many of its own tokens are scored, and the
-    tokens that may come last. members: `(index of the span, which of the last tokens)`.
-    """
-
-    tokens: np.ndarray
-    forced: int
-    lasts: list[int]
-    members: list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Jobs of one shape: `rows` (some may be empty) of `length` tokens, `forced` of which count at
-    most, and `lasts` tokens that may come last.
-    """
-
-    jobs: tuple[Job, ...]
-    rows: int
-    length: int
-    forced: int
-    lasts: int
 
 
 class Scorer:
@@ -111,15 +91,28 @@ class Scorer:
             if any(place not in known for place in members):
                 yield self._run(batch)
 
-    def plan(self, spans: Sequence[Span]) -> list[Batch]:
+    def plan(self, spans: Sequence[Span]) -> list[Batch | QuestionBatch]:
         """The batches of spans."""
         layout, scaling = self.model.runtime.layout, self.model.config.rope_scaling
         shards = 1 if layout is None else layout.size("batch")
         # Frequencies that go by the longest row at hand must not depend on a row's neighbours.
         alone = scaling is not None and scaling.kind in BY_LENGTH and scaling.select == "length"
-        return plan(share(spans), self.max_length, self.token_budget, shards, alone)
+        hard = self.model.config.positions == "learned"
+        room = Room(self.max_length, self.token_budget, shards, alone, hard)
+        return plan(spans, room, contexts=not padding_shows(self.model.config))
 
-    def _run(self, batch: Batch) -> list[tuple[int, SpanScore]]:
+    def _run(self, batch: Batch | QuestionBatch) -> list[tuple[int, SpanScore]]:
+        self._count(batch)
+        found = self._questions(batch) if isinstance(batch, QuestionBatch) else self._rows(batch)
+        scores = []
+        for job, (before, hits, options, best) in zip(batch.jobs, found, strict=True):
+            logprob, all_hit = float(before.sum(dtype=np.float64)), bool(hits.all())
+            for place, option in job.members:
+                greedy = all_hit and int(best) == job.lasts[option]
+                scores.append((place, SpanScore(logprob + float(options[option]), greedy)))
+        return scores
+
+    def _rows(self, batch: Batch) -> list[Found]:
         tokens = np.zeros((batch.rows, batch.length), np.int32)
         lengths = np.ones(batch.rows, np.int32)
         lasts = np.zeros((batch.rows, batch.lasts), np.int32)
@@ -127,7 +120,6 @@ class Scorer:
             lengths[row] = len(job.tokens)
             tokens[row, : len(job.tokens)] = job.tokens
             lasts[row, : len(job.lasts)] = job.lasts
-        self._count(batch)
         found = _score(
             self.model.params,
             tokens,
@@ -137,73 +129,55 @@ class Scorer:
             runtime=self.model.runtime,
             forced=batch.forced,
         )
-        forced, hits, options, best = jax.device_get(found)
-        scores = []
-        for row, job in enumerate(batch.jobs):
-            start = batch.forced - job.forced
-            before = float(forced[row, start:].sum(dtype=np.float64))
-            all_hit = bool(hits[row, start:].all())
-            for place, option in job.members:
-                greedy = all_hit and int(best[row]) == job.lasts[option]
-                scores.append((place, SpanScore(before + float(options[row, option]), greedy)))
-        return scores
-
-    def _count(self, batch: Batch) -> None:
-        shape = (batch.rows, batch.length, batch.forced, batch.lasts)
-        if shape not in self.work.programs:
-            self.work.programs.add(shape)
-            logger.info(
-                "scoring program %d: %d rows of %d tokens", len(self.work.programs), *shape[:2]
-            )
-        self.work.rows += len(batch.jobs)
-        self.work.tokens += sum(len(job.tokens) for job in batch.jobs)
-
-
-def share(spans: Sequence[Span]) -> list[Job]:
-    """One job for all spans that differ in their last token only, in order of the first."""
-    jobs: dict[tuple[bytes, int], Job] = {}
-    for place, span in enumerate(spans):
-        tokens, last = span.tokens[:-1], int(span.tokens[-1])
-        key = (tokens.tobytes(), span.count)
-        if key not in jobs:
-            jobs[key] = Job(tokens, span.count - 1, [], [])
-        job = jobs[key]
-        if last not in job.lasts:
-            job.lasts.append(last)
-        job.members.append((place, job.lasts.index(last)))
-    return list(jobs.values())
-
-
-def plan(
-    jobs: Sequence[Job], max_length: int, token_budget: int, shards: int = 1, alone: bool = False
-) -> list[Batch]:
-    """Batches of jobs of one shape, the longest first.
-
-    Rows are `token_budget // length`, a multiple of `shards`, or an eighth of it where so many
-    would leave too many rows empty: two sizes, so that other jobs seldom need another program.
-    alone: a batch holds one job.
-    """
-    groups: dict[tuple[int, int, int], list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: -len(job.tokens)):
-        length = min(_power(len(job.tokens), SMALLEST), max_length)
-        forced = next((size for size in FORCED if job.forced <= size), None)
-        shape = (length, forced if forced is not None else length, _power(len(job.lasts), 1))
-        groups.setdefault(shape, []).append(job)
-    batches = []
-    for (length, forced, lasts), group in groups.items():
-        rows = shards if alone else _rows(len(group), token_budget // length, shards)
-        size = 1 if alone else rows
-        batches += [
-            Batch(tuple(group[start : start + size]), rows, length, min(forced, length), lasts)
-            for start in range(0, len(group), size)
+        logprobs, hits, options, best = jax.device_get(found)
+        starts = [batch.forced - job.forced for job in batch.jobs]
+        return [
+            (logprobs[row, start:], hits[row, start:], options[row], best[row])
+            for row, start in enumerate(starts)
         ]
-    return batches
 
+    def _questions(self, batch: QuestionBatch) -> list[Found]:
+        contexts = np.zeros((batch.rows, batch.length), np.int32)
+        lengths = np.ones(batch.rows, np.int32)
+        tails = np.zeros((batch.rows, batch.options, batch.forced), np.int32)
+        counts = np.zeros((batch.rows, batch.options), np.int32)
+        lasts = np.zeros((batch.rows, batch.options, batch.lasts), np.int32)
+        places = []
+        for row, question in enumerate(batch.questions):
+            lengths[row] = len(question.context)
+            contexts[row, : len(question.context)] = question.context
+            for column, job in enumerate(question.options):
+                places.append((row, column))
+                counts[row, column] = job.forced
+                tails[row, column, : job.forced] = job.tail
+                lasts[row, column, : len(job.lasts)] = job.lasts
+        found = _score_options(
+            self.model.params,
+            contexts,
+            lengths,
+            tails,
+            counts,
+            lasts,
+            config=self.model.config,
+            runtime=self.model.runtime,
+        )
+        logprobs, hits, options, best = jax.device_get(found)
+        return [
+            (logprobs[at][: counts[at]], hits[at][: counts[at]], options[at], best[at])
+            for at in places
+        ]
 
-def _rows(jobs: int, most: int, shards: int) -> int:
-    """Rows of a batch, so that at most an eighth of all are empty if that many fill one at all."""
-    many, few = (max(size // shards, 1) * shards for size in (most, most // FEWER))
-    return many if -jobs % many * FEWER <= jobs else few
+    def _count(self, batch: Batch | QuestionBatch) -> None:
+        if batch.shape not in self.work.programs:
+            self.work.programs.add(batch.shape)
+            logger.info(
+                "scoring program %d: %d rows of %d tokens",
+                len(self.work.programs),
+                *batch.shape[:2],
+            )
+        one = isinstance(batch, QuestionBatch)
+        self.work.rows += len(batch.questions if one else batch.jobs)
+        self.work.tokens += batch.tokens
 
 
 @functools.partial(jax.jit, static_argnames=("config", "runtime", "forced"))
@@ -233,6 +207,61 @@ def _score(
     log_z = logit_statistics(last, lasts[:, :1])[0]
     options = jnp.take_along_axis(last[:, 0], lasts, axis=1) - log_z
     return logprobs, hits, options, most_likely(last[:, 0])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "runtime"))
+def _score_options(
+    params: Mapping[str, Any],
+    contexts: Array,
+    lengths: Array,
+    tails: Array,
+    counts: Array,
+    lasts: Array,
+    *,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> tuple[Array, Array, Array, Array]:
+    """As `_score`, of contexts `int32[rows, length]`, each before tails `int32[rows, options,
+    forced]` of `counts` tokens: all results with the axes rows and options in front.
+    """
+    rows, options, forced = tails.shape
+    layout = runtime.layout
+    contexts = constrain(contexts, ("batch", "length"), layout)
+    cache = init_cache(
+        config,
+        rows,
+        contexts.shape[1] + forced,
+        kind="dense",
+        dtype=runtime.compute_dtype,
+        layout=layout,
+        segments=segments_of(params, config),
+    )
+    hidden, aux = hidden_states(params, contexts, config, runtime, cache=cache)
+    before = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+    cache = _repeated(aux["cache"], lengths, options, layout)
+    tokens = constrain(tails.reshape(rows * options, forced), ("batch", "length"), layout)
+    after, _ = hidden_states(params, tokens, config, runtime, cache=cache)
+    hidden = jnp.concatenate([jnp.repeat(before, options, axis=0), after], axis=1)
+    head = functools.partial(logits, params, config=config, runtime=runtime)
+    logprobs, hits = _forced(head, hidden[:, :-1], tokens)
+    last = head(jnp.take_along_axis(hidden, counts.reshape(-1, 1, 1), axis=1))
+    lasts = lasts.reshape(rows * options, -1)
+    log_z = logit_statistics(last, lasts[:, :1])[0]
+    chosen = jnp.take_along_axis(last[:, 0], lasts, axis=1) - log_z
+    found = (logprobs, hits, chosen, most_likely(last[:, 0]))
+    return tuple(x.reshape(rows, options, *x.shape[1:]) for x in found)  # pyright: ignore
+
+
+def _repeated(cache: Any, lengths: Array, times: int, layout: Layout | None) -> Any:
+    """The cache of each row so many times, with that many tokens held: what padding left behind
+    them is overwritten before anyone may look at it.
+    """
+
+    def repeat(leaf: Array) -> Array:
+        return constrain(jnp.repeat(leaf, times, axis=1), AXES, layout)
+
+    segments = jax.tree.map(repeat, cache.segments)
+    return dataclasses.replace(cache, segments=segments, lengths=jnp.repeat(lengths, times))
 
 
 def padding_shows(config: ModelConfig) -> bool:
@@ -267,7 +296,3 @@ def _forced(head: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
     found = jax.lax.map(one, (cut(hidden), cut(targets)))
     logprobs, hits = (jnp.moveaxis(x, 0, 1).reshape(rows, length) for x in found)
     return logprobs, hits
-
-
-def _power(size: int, least: int) -> int:
-    return max(least, 1 << (size - 1).bit_length())

@@ -27,7 +27,7 @@ from weights import to_arrays
 
 FILE = "requests.sqlite"
 RESPONSES = {kind.__name__: kind for kind in ANSWERS.values()}
-CODE = ("hidden.py", "scoring.py", "spans.py")
+CODE = ("batches.py", "hidden.py", "scoring.py", "spans.py")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, kind TEXT, response TEXT) STRICT;
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, text TEXT) STRICT;

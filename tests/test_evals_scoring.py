@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data import ByteTokenizer, FileTokenizer
+from evals.batches import QuestionBatch, Room, plan
 from evals.scoring import Scorer
 from evals.spans import Span, pair_spans, rolling_spans
 from model import ModelConfig, Runtime, init, rules
@@ -144,8 +145,8 @@ def test_few_programs_are_compiled():
     found = scorer()
     scored(found, random_spans())
     lengths = {shape[1] for shape in found.work.programs}
-    assert lengths == {64, LONGEST}
-    assert len(found.work.programs) <= 2 * 3
+    assert lengths == {64, 96, LONGEST}
+    assert len(found.work.programs) <= 3 * 3
 
 
 def test_the_chain_rule_holds():
@@ -179,6 +180,47 @@ def test_options_of_one_token_share_their_question():
     assert np.abs(shared - apart).max() <= 1e-5
     assert np.argmax(shared) == np.argmax(apart)
     assert alone.work.tokens >= 3 * together.work.tokens
+
+
+def questions():
+    """Spans of six questions, whose options have several tokens, some all but the last in common;
+    and of two that have only one.
+    """
+    rng, spans = np.random.default_rng(2), []
+    lengths, sizes_of = (50, 88, 61, 40, 92, 70, 33, 90), (*[(4, 7, 1, 5)] * 6, (3,), (9,))
+    for length, sizes in zip(lengths, sizes_of, strict=True):
+        context = rng.integers(258, size=length)
+        tails = [rng.integers(258, size=size) for size in sizes]
+        tails += [np.append(tails[0][:-1], 5)] if len(sizes) > 1 else []
+        spans += [Span(np.append(context, t).astype(np.int32), len(t)) for t in tails]
+    return spans
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 4, "tensor": 2}])
+def test_options_of_several_tokens_share_their_question(sizes):
+    layout = None if sizes is None else make_layout(make_mesh(MeshConfig(**sizes)))
+    together, spans = scorer(layout=layout), questions()
+    found, decoder = scored(together, spans), float64_decoder()
+    for span, ours in zip(spans, found, strict=True):
+        logprob, greedy = float64_score(decoder, span)
+        assert ours.logprob == pytest.approx(logprob, abs=2e-4)
+        assert ours.greedy == greedy
+    assert together.work.rows == 8
+    contexts = sum(len(span.tokens) - span.count for span in spans[::5][:6])
+    assert together.work.tokens < contexts + sum(span.count for span in spans) + 33 + 90
+
+
+def test_questions_are_shared_only_where_that_saves_and_fits():
+    def shared(spans, **room):
+        planned = plan(spans, Room(**{"max_length": LONGEST, "token_budget": 2048, **room}))
+        return sum(len(each.questions) for each in planned if isinstance(each, QuestionBatch))
+
+    assert shared(questions()) == 6
+    assert shared(questions(), alone=True) == 0
+    assert shared(questions(), hard=True) == 3  # Padding behind the three longest has no positions.
+    assert shared(questions(), token_budget=80) == 0
+    short = [Span(np.append(0, np.full(60, word)).astype(np.int32), 60) for word in range(40)]
+    assert shared(short) == 0, "documents after one BOS are not a question with options"
 
 
 def test_windows_predict_each_token_once():
