@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     ahead.add_argument(
         "--what", default="train", help="train, or the engine's prefill or decode (default: train)"
     )
+    ahead.add_argument("--plot", help="draw memory by kind and collectives to this file")
     serving = ahead.add_argument_group("of prefill and decode")
     serving.add_argument("--batch", type=int, default=8, help="sequences at once (default: 8)")
     serving.add_argument("--context", type=int, default=2048, help="their tokens (default: 2048)")
@@ -146,6 +147,10 @@ def _compile(known: argparse.Namespace, config: Any) -> int:
         _print(_what_would_fit(known.what, config, topology))
         return 1
     _write(known.json, plan.figures())
+    if known.plot:
+        from planning.plots import draw_plan
+
+        draw_plan(known.plot, plan, f"{config.name}, {known.what}")
     if not plan.fits:
         _print("", _what_would_fit(known.what, config, topology))
     return 0 if plan.fits else 1
@@ -225,8 +230,9 @@ def _hardware(known: argparse.Namespace) -> dict[str, Any]:
 
 def _roofline(known: argparse.Namespace, config: Any) -> int:
     from planning.operators import decode, operators, prefill
+    from planning.plots import draw_roofline
     from planning.roofline import timed
-    from planning.show import draw_roofline, roofline_table
+    from planning.show import roofline_table
 
     bits, drawn = _bits(known), []
     ((name, device),) = _hardware(known).items()

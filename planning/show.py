@@ -1,14 +1,12 @@
-"""Tables and pictures of plans."""
+"""Tables of plans; `planning.plots` draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from planning.hardware import Hardware
 from planning.inference import Report
 from planning.operators import total_bytes, total_flops
 from planning.roofline import Timed, merged, seconds
@@ -144,12 +142,6 @@ def clusters_table(title: str, plans: Mapping[str, Crossing]) -> Table:
 
 def plan_text(plan: Plan) -> list[Any]:
     """What to print of a compiled training step."""
-    memory = (
-        ("parameters", plan.parameters),
-        ("optimizer state", plan.optimizer),
-        ("batch", plan.batch),
-        ("temporaries", plan.temporaries),
-    )
     step = [
         ("computing, at the peak", duration(plan.compute_seconds)),
         ("network, one after another", duration(plan.network_seconds)),
@@ -159,20 +151,14 @@ def plan_text(plan: Plan) -> list[Any]:
         ("limited by", plan.limited_by),
     ]
     title = (
-        f"{_place(plan)}; {plan.tokens:,} tokens a step, {quantity(plan.flops)} FLOPs; "
+        f"{place(plan)}; {plan.tokens:,} tokens a step, {quantity(plan.flops)} FLOPs; "
         f"compiled in {plan.compile_seconds:.1f} s"
     )
-    return [title, *_memory_and_network(plan, memory), table("\na step", ("", ""), step)]
+    return [title, *_memory_and_network(plan), table("\na step", ("", ""), step)]
 
 
 def serving_text(plan: ServingPlan) -> list[Any]:
     """What to print of a compiled step of the serving engine."""
-    memory = (
-        ("parameters", plan.parameters),
-        ("cache", plan.cache),
-        ("tokens and settings", plan.slots),
-        ("temporaries", plan.temporaries),
-    )
     step = [
         ("operators, one after another", duration(plan.roofline_seconds)),
         ("network, one after another", duration(plan.network_seconds)),
@@ -181,25 +167,37 @@ def serving_text(plan: ServingPlan) -> list[Any]:
     ]
     serving = plan.serving
     title = (
-        f"{_place(plan)}; {serving.what} of {plan.tokens:,} tokens, {serving.batch} sequences of "
+        f"{place(plan)}; {serving.what} of {plan.tokens:,} tokens, {serving.batch} sequences of "
         f"{serving.context:,} in the cache, weights {serving.weights}; "
         f"compiled in {plan.compile_seconds:.1f} s"
     )
-    return [title, *_memory_and_network(plan, memory), table("\na step", ("", ""), step)]
+    return [title, *_memory_and_network(plan), table("\na step", ("", ""), step)]
 
 
-def _place(plan: Plan | ServingPlan) -> str:
+def memory_kinds(plan: Plan | ServingPlan) -> dict[str, float]:
+    """Bytes of a device by kind."""
+    names = {
+        "parameters": "parameters",
+        "optimizer": "optimizer state",
+        "batch": "batch",
+        "cache": "cache",
+        "slots": "tokens and settings",
+        "temporaries": "temporaries",
+    }
+    return {shown: getattr(plan, name) for name, shown in names.items() if hasattr(plan, name)}
+
+
+def place(plan: Plan | ServingPlan) -> str:
+    """The model's size, the slice and the mesh."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
     name = f"{plan.topology.slices} x {plan.topology.name}"
     return f"{quantity(plan.parameter_count)} parameters on {name}, {mesh}"
 
 
-def _memory_and_network(
-    plan: Plan | ServingPlan, kinds: Sequence[tuple[str, float]]
-) -> list[Table]:
+def _memory_and_network(plan: Plan | ServingPlan) -> list[Table]:
+    kinds = {**memory_kinds(plan), "all": plan.memory, "limit": plan.limit}
     memory = [
-        (kind, f"{value / GIB:.3f}", f"{value / plan.limit:.1%}")
-        for kind, value in (*kinds, ("all", plan.memory), ("limit", plan.limit))
+        (kind, f"{value / GIB:.3f}", f"{value / plan.limit:.1%}") for kind, value in kinds.items()
     ]
     columns = ("collective", "axes", "type", "devices", "array", "times", "sent by a device")
     return [
@@ -222,27 +220,3 @@ def _exchange(each: Collective) -> tuple[str, ...]:
         f"{each.count:,}",
         quantity(each.sent, "B"),
     )
-
-
-def draw_roofline(path: str | Path, device: Hardware, title: str, found: Sequence[Timed]) -> None:
-    """Operators under the roof of a device: FLOPs a byte against FLOP/s."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    x = np.logspace(-1, 4, 200)
-    axes.loglog(x, np.minimum(device.bf16_flops, x * device.bandwidth), color="black")
-    for each in merged(found):
-        reached = each.op.flops / each.seconds
-        axes.plot(each.op.intensity, reached, "o", label=each.op.name, alpha=0.7)
-    axes.axvline(device.turning_point, color="grey", linewidth=0.7, linestyle=":")
-    axes.set_xlabel("FLOPs a byte")
-    axes.set_ylabel("FLOP/s at most")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -18,6 +18,7 @@ from planning.compile_ahead import (
 )
 from planning.compile_serving import Serving, compile_serving
 from planning.hlo import collectives
+from planning.plots import draw_plan
 from training.command_line import parse
 
 HLO = """HloModule step
@@ -149,7 +150,7 @@ def tiny(**mesh):
 
 @tpu
 @pytest.mark.tpu_aot
-def test_a_step_compiles_and_gathers_each_layer_forward_and_backward():
+def test_a_step_compiles_and_gathers_each_layer_forward_and_backward(tmp_path):
     plan = compile_training(tiny(data=1, fsdp=4), parse_topology("v5e:2x2"))
     assert plan.mesh == {"data": 1, "fsdp": 4, "expert": 1, "stage": 1, "context": 1, "tensor": 1}
     parameters = count_parameters(tiny().model)
@@ -162,6 +163,8 @@ def test_a_step_compiles_and_gathers_each_layer_forward_and_backward():
     assert gate >= 3 * 3  # gate, up and down of three layers at the least
     assert plan.fits
     assert 0 < plan.utilization(plan.serial_seconds) <= plan.utilization(plan.overlapped_seconds)
+    draw_plan(tmp_path / "plan.png", plan, "tiny")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 @tpu
