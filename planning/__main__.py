@@ -3,6 +3,7 @@
     python -m planning compile --config=configs/k2_65b.py --topology=v5p:8x8x16
     python -m planning compile --config=configs/llama2_7b.py --topology=v5e:2x4 --what=decode
     python -m planning search --config=configs/k2_65b.py --hardware=tpu-v5p --devices=1024
+    python -m planning search --config=configs/k2_65b.py --topology=v5p:8x8x16 --verify=3
     python -m planning clusters --config=configs/k2_65b.py --clusters=FILE
     python -m planning roofline --config=configs/llama2_7b.py --hardware=h100 --batch=8
     python -m planning serve --config=configs/llama2_7b.py --hardware=h100,tpu-v5e
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     known, overrides = _parser().parse_known_args(arguments)
+    known.overrides = overrides
     try:
         return known.run(known, _config(known.config, overrides))
     except (ValueError, OSError, ImportError) as error:
@@ -72,8 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--weights", default="bfloat16", help="or int8, int4: of the layers")
 
     search = command("search", _search, "the fastest meshes that fit")
-    search.add_argument("--hardware", required=True, help="a name of the table")
-    search.add_argument("--devices", type=int, required=True)
+    search.add_argument("--hardware", help="a name of the table")
+    search.add_argument("--devices", type=int)
+    search.add_argument("--topology", help="a TPU slice in place of these two, as of compile")
+    search.add_argument(
+        "--verify", type=int, default=0, metavar="N", help="compile the first N for the topology"
+    )
     search.add_argument("--top", type=int, default=8, help="plans to show (default: 8)")
     search.add_argument("--stages", action="store_true", help="consider pipelines too")
 
@@ -171,19 +177,47 @@ def _what_would_fit(what: str, config: Any, topology: Any) -> str:
 
 
 def _search(known: argparse.Namespace, config: Any) -> int:
+    from planning.compile_ahead import parse_topology
     from planning.roofline import Efficiency
     from planning.search import Cluster, Run, search
     from planning.show import search_table
 
-    ((name, device),) = _hardware(known).items()
+    if known.topology:
+        topology = parse_topology(known.topology)
+        if topology.slices > 1:
+            raise ValueError(f"--topology={known.topology}: search takes one slice")
+        name, device, devices = topology.name, topology.hardware, topology.chips
+    elif known.verify or not (known.hardware and known.devices):
+        raise ValueError("search needs --hardware and --devices, or --topology (also to --verify)")
+    else:
+        topology, devices = None, known.devices
+        ((name, device),) = _hardware(known).items()
     run = Run(config.model.resolve(), config.data.batch_size, config.data.length, known.stages)
-    cluster = Cluster(device, known.devices, Efficiency(*[known.efficiency] * 3))
-    found = search(run, cluster, known.top)
+    cluster = Cluster(device, devices, Efficiency(*[known.efficiency] * 3))
+    found = search(run, cluster, max(known.top, known.verify))
     batch = f"{run.batch:,} x {run.length:,} tokens"
-    _print(search_table(f"{config.name}, {batch}, {known.devices} x {name}", found))
+    _print(search_table(f"{config.name}, {batch}, {devices} x {name}", found))
     _print(f"\nthe first: {found[0].flags()}")
     _write(known.json, [dataclasses.asdict(each) for each in found])
-    return 0
+    return _verify(known, found[: known.verify], topology) if known.verify else 0
+
+
+def _verify(known: argparse.Namespace, found: Any, topology: Any) -> int:
+    """Compile plans; the exit status is 0 if one of them fits."""
+    from planning.show import verified_table
+    from planning.verify import verify
+
+    compiled = []
+    for each in verify(
+        found, lambda flags: _config(known.config, known.overrides + flags), topology
+    ):
+        compiled.append(each)
+        print(f"compiled {len(compiled)} of {len(found)}", file=sys.stderr)
+    _print("", verified_table("compiled ahead", compiled))
+    best = min(compiled, key=lambda each: each.seconds)
+    if best.fits:
+        _print(f"\nthe first of these: {best.candidate.flags()}")
+    return 0 if best.fits else 1
 
 
 def _clusters(known: argparse.Namespace, config: Any) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from planning.compile_serving import ServingPlan
     from planning.hlo import Collective
     from planning.search import Candidate
+    from planning.verify import Verified
 
 GIB = 2**30
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -114,6 +115,28 @@ def search_table(title: str, found: Sequence[Candidate]) -> Table:
         )
     columns = ("mesh", "rows", "micro", "remat", "GiB", "step", "sums", "network", "bubble", "MFU")
     return table(title, columns, rows)
+
+
+def verified_table(title: str, found: Sequence[Verified]) -> Table:
+    """A row a plan: what was promised, and what compiling it showed."""
+    rows = []
+    for each in found:
+        promised, plan = each.candidate, each.plan
+        shown = (
+            (each.why, "", "")
+            if plan is None
+            else (
+                f"{plan.memory / GIB:.1f}",
+                f"{plan.utilization(plan.serial_seconds):.1%}",
+                f"{plan.utilization(plan.overlapped_seconds):.1%}",
+            )
+        )
+        mesh = {axis: getattr(promised.split, axis) for axis in AXES}
+        named = " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+        predicted = (f"{promised.memory.total / GIB:.1f}", f"{promised.utilization:.1%}")
+        rows.append((named or "1 device", *predicted, *shown, "yes" if each.fits else "no"))
+    columns = ("mesh", "GiB promised", "MFU promised", "GiB", "MFU, no overlap", "all overlap")
+    return table(title, (*columns, "fits"), rows)
 
 
 def clusters_table(title: str, plans: Mapping[str, Crossing]) -> Table:

@@ -182,6 +182,22 @@ def test_what_cannot_fit_is_told_by_how_much_and_what_would(capsys, monkeypatch)
 
 @tpu
 @pytest.mark.tpu_aot
+def test_the_plans_of_a_search_are_compiled(capsys, monkeypatch):
+    def config(path, flags):
+        sizes = [flag.removeprefix("--config.mesh.").split("=") for flag in flags]
+        return tiny(**{"data": 1, **{axis: int(n) for axis, n in sizes if "." not in axis}})
+
+    monkeypatch.setattr("planning.__main__._config", config)
+    asked = ["search", "--config=configs/quickstart.py", "--topology=v5e:2x2", "--verify=1"]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    first = said.partition("the first: ")[2].split(" --config.train")[0]
+    assert f"the first of these: {first}" in said
+    assert main([*asked[:2], "--topology=2*v5e:2x2", "--verify=1"]) == 2
+
+
+@tpu
+@pytest.mark.tpu_aot
 @pytest.mark.filterwarnings("ignore:append. the plain function runs:UserWarning")  # as it serves
 @pytest.mark.parametrize(("what", "weights"), [("decode", "bfloat16"), ("prefill", "int8")])
 def test_the_engines_step_compiles_with_its_pages_and_packed_weights(what, weights):

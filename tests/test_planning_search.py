@@ -76,6 +76,8 @@ def test_what_cannot_fit_is_told_with_what_would(capsys):
     assert "the first: --config.mesh." in capsys.readouterr().out
     assert main(["search", "--hardware=h10", "--devices=64", *flags]) == 2
     assert "not in the table" in capsys.readouterr().err
+    assert main(["search", "--hardware=h100", "--devices=64", "--verify=1", *flags]) == 2
+    assert "or --topology (also to --verify)" in capsys.readouterr().err
 
 
 def test_pipelines_are_those_that_training_runs():
