@@ -66,7 +66,12 @@ PODS = (
         V6E_70B,
     ),
     Pod("llama2_70b", "v5p:8x8x8", "mesh.data=8 mesh.fsdp=64", V5P_70B),
-    Pod("llama2_70b", "v6e:16x16", "mesh.data=4 mesh.fsdp=64 train.accumulation=4", V6E_70B),
+    Pod(
+        "llama2_70b",
+        "v6e:16x16",
+        "mesh.data=2 mesh.fsdp=64 mesh.tensor=2 train.accumulation=8",
+        V6E_70B,
+    ),
     Pod("gpt3_175b", "v5p:8x8x8", "mesh.data=8 mesh.fsdp=64", GPT_175B),
     Pod(
         "gpt3_175b",

@@ -27,14 +27,26 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 for name, value in flags.items():
     if name not in os.environ.setdefault("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] += f" --{name}={value}"
-if "xla_cpu_use_fusion_emitters" in flags:
-    # The compiler for TPUs reads the same variable, and ends the process over a flag of CPUs alone.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hide a flag of CPUs alone from the compiler for TPUs, which reads the same variable and ends
+    the process over it. The CPU's own has read it by then, and children of other tests need it, to
+    round as this process does.
+    """
+    hidden = " --xla_cpu_use_fusion_emitters=false"
+    if item.get_closest_marker("tpu_aot") is None or hidden not in os.environ["XLA_FLAGS"]:
+        return (yield)
     import jax
 
     jax.devices()
-    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(
-        " --xla_cpu_use_fusion_emitters=false", ""
-    )
+    given = os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = given.replace(hidden, "")
+    try:
+        return (yield)
+    finally:
+        os.environ["XLA_FLAGS"] = given
 
 
 def pytest_addoption(parser):

@@ -105,7 +105,7 @@ def test_the_variants_of_a_model_are_made_and_measured_by_task(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     heads, _, *rows = (tmp_path / "table.md").read_text().splitlines()
     assert "cloze@words acc" in heads
-    assert "iq_full_repeat exact_match" in heads
+    assert "word_order@words acc" in heads
     assert rows[0].split(" | ")[:2] == ["| small", "32.00"]
     for name, row in zip(("rtn-4", "gptq-3"), rows[1:], strict=True):
         origin = json.loads((tmp_path / "out" / "variants" / name / "provenance.json").read_text())

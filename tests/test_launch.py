@@ -31,7 +31,8 @@ def tools(tmp_path):
     for name, text in {"python": JSON_PYTHON, "scontrol": scontrol}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    return os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    others = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    return others | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
 
 
 def job_of(path: str) -> tuple[dict, dict]:

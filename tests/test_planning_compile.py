@@ -201,18 +201,18 @@ def test_the_plans_of_a_search_are_compiled(capsys, monkeypatch):
 @pytest.mark.filterwarnings("ignore:append. the plain function runs:UserWarning")  # as it serves
 @pytest.mark.parametrize(("what", "weights"), [("decode", "bfloat16"), ("prefill", "int8")])
 def test_the_engines_step_compiles_with_its_pages_and_packed_weights(what, weights):
-    config = tiny(data=1, tensor=2)
-    model = dataclasses.replace(config.model, num_layers=2, head_dim=128)
+    config = tiny(data=1, tensor=4)
+    model = dataclasses.replace(config.model, num_layers=2, num_heads=4, head_dim=128)
     config = dataclasses.replace(config, model=model)
     serving = Serving(what, batch=16, context=256, chunk=64, weights=weights)
-    plan = compile_serving(config, parse_topology("v5e:1x2"), serving)
+    plan = compile_serving(config, parse_topology("v5e:2x2"), serving)
     model = model.resolve()
     tokens, width = 16 * 256, 2 * model.kv_heads * model.head_dim * 2
-    assert plan.cache == 2 * tokens * width / 2  # layers, halves of the heads
+    assert plan.cache == 2 * tokens * width / 4  # layers, quarters of the heads
     outside = 2 * model.vocab_size * model.d_model
     layers = count_parameters(model) - outside
     each = {"bfloat16": 2, "int8": 1}[weights]
-    assert plan.parameters == pytest.approx((2 * outside + each * layers) / 2, rel=0.05)
+    assert plan.parameters == pytest.approx((2 * outside + each * layers) / 4, rel=0.05)
     assert plan.tokens == (16 if what == "decode" else 64)
     sums = [each for each in plan.collectives if each.kind == "all_reduce" and each.dtype == "bf16"]
     assert sum(each.count for each in sums) >= 2 * 2  # attention and feed-forward of two layers
