@@ -76,7 +76,9 @@ def engine_settings(**changed: Any) -> EngineSettings:
     """The engine's settings for evaluations: nothing is warmed up, and few sizes of steps, so that
     few programs are compiled while examples wait.
     """
-    few = {"decode_sizes": (4, 16, 64), "chunk_sizes": (512,)}
+    few = {"decode_sizes": (16, 64), "chunk_sizes": (128, 512), "page_widths": (32, 128, 512)}
+    if current_target().platform == "cpu":  # More tokens at once save it nothing.
+        few["max_num_batched_tokens"] = 512
     return EngineSettings(**{"warm_up": False, "max_waiting": WAITING, **few, **changed})
 
 
