@@ -86,15 +86,16 @@ class Generate:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The residual stream over a prompt.
+    """The residual stream over a prompt, and what attention looks at.
 
     layers: 0 is the embedding, i what layer i - 1 gives. positions: tokens, counted from the end
-    if negative.
+    if negative. attention: layers, from 0, of which the weights are wanted.
     """
 
     prompt: str
     layers: tuple[int, ...]
     positions: tuple[int, ...] = (-1,)
+    attention: tuple[int, ...] = ()
     to: Role = "subject"
 
 
@@ -165,9 +166,12 @@ class Generated:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Of a `Hidden`: `float32[positions, layers, d_model]`."""
+    """Of a `Hidden`: `float32[positions, layers, d_model]`, and of each layer of `attention` what
+    the positions give to each token of the prompt, `float32[positions, layers, heads, tokens]`.
+    """
 
     values: np.ndarray
+    attention: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ position encoder.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import attention
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from model.context import Context
 
 Array = jax.Array
+WEIGHTS = "attention_weights"
 
 
 def arrays(config: ModelConfig) -> dict[str, ArraySpec]:
@@ -72,7 +75,26 @@ def apply(
     out = out.reshape(*x.shape[:2], -1)
     layout, key = context.runtime.layout, context.key("output")
     y = split_linear(params["output"], out, ("heads", "d_model"), layout, key)
-    return y, carry, {"taps": {"query": q, "key": k, "value": v, "attention_heads": out}}
+    taps = {"query": q, "key": k, "value": v, "attention_heads": out}
+    return y, carry, {"taps": taps | weights_tap(q, k, config, context, carry)}
+
+
+def weights_tap(
+    q: Array, k: Array, config: ModelConfig, context: Context, carry: Mapping[str, Any]
+) -> dict[str, Array]:
+    """The tap `attention_weights`, if it is asked for and there is no cache: `float32[batch,
+    length, num_heads, length]`, what each query gives each key. It is attention to the identity, so
+    it knows all that attention does.
+    """
+    if WEIGHTS not in context.taps or "cache" in carry:
+        return {}
+    batch, length, kv_heads, _ = k.shape
+    one_hot = jnp.eye(length, dtype=jnp.float32)[None, :, None]
+    identity = jnp.broadcast_to(one_hot, (batch, length, kv_heads, length))
+    runtime = dataclasses.replace(context.runtime, attention="plain", layout=None)
+    context = dataclasses.replace(context, runtime=runtime)
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    return {WEIGHTS: _attend(q, k, identity, config, context)}
 
 
 def attend(

@@ -73,6 +73,7 @@ def apply(
     if "bias" in params:
         y = y + params["bias"].astype(y.dtype)
     taps = {**aux["taps"], "query": q, "key": k, "value": v, "attention_heads": out}
+    taps |= attention.weights_tap(q, k, config, context, carry)
     return y, carry, {**aux, "taps": taps}
 
 

@@ -162,12 +162,15 @@ def test_a_coroutine_may_ask_again_and_for_hidden_states(tmp_path):
         ]
         prompt += first.texts[0]
         [states, second] = yield [
-            Hidden(prompt, (0, 2), (0, -1)),
+            Hidden(prompt, (0, 2), (0, -1), attention=(1,)),
             Generate(prompt + "x", max_tokens=2),
         ]
         [nothing] = yield [Rolling("")]
         assert (nothing.tokens, nothing.logprob) == (0, 0.0)
-        value = states.values
+        value, looked = states.values, states.attention
+        assert looked.shape[:2] == (2, 1)
+        np.testing.assert_allclose(looked.sum(-1), 1.0, atol=1e-5)
+        assert np.all(looked[0, ..., 1:] == 0)  # The first token sees only itself.
         return {
             "score": float(value.sum()),
             "shape": value.shape,

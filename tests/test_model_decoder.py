@@ -142,6 +142,28 @@ def test_unequal_segments_equal_blocks_called_one_by_one():
     assert aux["taps"]["layers/1/feed_forward_output"].shape == x.shape
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sliding_window": 3},
+        {"attention_soft_cap": 0.5, "attention_scale": 2.0},
+        {"positions": "alibi"},
+    ],
+)
+def test_attention_weights_are_those_that_mix_the_values(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    taps = tuple(f"layers/1/{name}" for name in ("attention_weights", "value", "attention_heads"))
+    segments = jnp.asarray([[1] * 6 + [2] * 4, [1] * 7 + [0] * 3])
+    found = apply(params_of(config), TOKENS, config, segment_ids=segments, taps=taps)[1]["taps"]
+    weights, values, heads = (np.asarray(found[name]) for name in taps)
+    values = np.repeat(values, config.num_heads // values.shape[2], axis=2)
+    mixed = np.einsum("bths,bshd->bthd", weights, values)
+    np.testing.assert_allclose(mixed.reshape(heads.shape), heads, atol=1e-5)
+    np.testing.assert_allclose(weights[1, :7].sum(-1), 1.0, atol=1e-5)
+    assert not weights[0, 6:, :, :6].any()  # The second document does not see the first.
+
+
 def test_until_layer_stops_there():
     params = params_of(CONFIG)
     early = hidden_states(params, TOKENS, CONFIG, until_layer=2)[0]
