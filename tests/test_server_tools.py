@@ -83,6 +83,12 @@ def test_calls_are_found_in_whatever_pieces_they_come(data):
     assert told(parsed(name, pieces)) == expected
 
 
+def test_a_blank_after_a_call_is_kept_with_the_text_behind_it():
+    text, expected = next(item for item in FOUND["hermes"].items() if item[0].endswith(" done"))
+    for place in range(len(text)):
+        assert told(parsed("hermes", [text[:place], text[place:]])) == expected
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_what_is_no_call_stays_text_without_a_change(data):

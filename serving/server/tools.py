@@ -65,8 +65,10 @@ class Hermes:
                 return [*parts, *self._content(start)]
             parts += self._content(start)
             parts += self._call(end - start + len(self.END))
-        held = _begun(self._text, self.START)
-        return parts + self._content(len(self._text) - held)
+        length = len(self._text) - _begun(self._text, self.START)
+        if self._called and not self._text[:length].strip():
+            return parts  # A blank after a call waits for what it stands before.
+        return parts + self._content(length)
 
     def end(self) -> list[Part]:
         """The rest; models of Hermes' format may end right after a call's object."""
