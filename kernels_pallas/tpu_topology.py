@@ -125,23 +125,32 @@ def why_not() -> str | None:
     return None
 
 
-def described_mesh(generation: str, axes: Mapping[str, int] | None = None) -> Mesh:
-    """A mesh of devices that need not exist, of one device or as `axes` (name -> size) says."""
+def described_devices(topology: str, slices: int = 1) -> list[Any]:
+    """Devices that need not exist, of a topology as `libtpu` names it. What `libtpu` asks of the
+    environment it reads once a process, so it is told here, and nowhere else.
+    """
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    more = {} if slices == 1 else {"num_slices": slices}
+    described = topologies.get_topology_desc(topology_name=topology, platform="tpu", **more)
+    return list(described.devices)
+
+
+def described_mesh(generation: str, axes: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of devices that need not exist, of one device or as `axes` (name -> size) says."""
     axes = dict(axes or {"device": 1})
-    described = topologies.get_topology_desc(
-        topology_name=GENERATIONS[generation].topology, platform="tpu"
-    )
+    described = described_devices(GENERATIONS[generation].topology)
     count = int(np.prod(list(axes.values())))
-    if count > len(described.devices):
+    if count > len(described):
         raise ValueError(
             f"a mesh of {axes} takes {count} devices; {GENERATIONS[generation].topology} "
-            f"describes {len(described.devices)}"
+            f"describes {len(described)}"
         )
-    devices = np.asarray(described.devices[:count]).reshape(tuple(axes.values()))
+    devices = np.asarray(described[:count]).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import re
 import tempfile
 import time
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kernels_pallas import tpu_topology
 from kernels_pallas.tpu_topology import why_not, without_cache
 from model import count_parameters
 from planning.collectives import COLLECTIVES, ring_bandwidth, send
@@ -110,23 +110,13 @@ def described_devices(topology: Topology) -> list[Any]:
     """Devices of a topology; no TPU is needed. Raises `ValueError` for a shape that the compiler
     does not know, with its reason.
     """
-    from jax.experimental import topologies
-
     if (reason := why_not()) is not None:
         raise ValueError(f"topology {topology.name}: {reason}, or install Sheaf with [tpu]")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    more = {} if topology.slices == 1 else {"num_slices": topology.slices}
     try:
-        described = topologies.get_topology_desc(
-            topology_name=topology.name, platform="tpu", **more
-        )
+        return tpu_topology.described_devices(topology.name, topology.slices)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"topology {topology.name}: the compiler refuses it: {reason}") from error
-    return list(described.devices)
 
 
 @dataclass(frozen=True)

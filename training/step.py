@@ -64,32 +64,15 @@ def make_step(
     if accumulation < 1:
         raise ValueError(f"accumulation is {accumulation}: it must be at least 1")
 
+    take = _taker(objective, apply, placement, staged, hierarchy)
+
     def step(
         state: TrainState, batch: Mapping[str, Any], frozen: Any = None
     ) -> tuple[TrainState, Metrics]:
         ours, others = split_trainable(state.params, trainable)
         micro = micro_batches(batch, accumulation, placement)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        shardings = None if placement is None else placement.gradients
-        feedback = state.feedback
-        if hierarchy is not None:
-            gradients, metrics, feedback = hierarchical_gradients(
-                hierarchy, objective, apply, ours, others, micro, key, frozen, feedback
-            )
-        elif staged is not None:
-            gradients, metrics = staged_gradients(
-                staged, objective, ours, others, micro, key, frozen, shardings
-            )
-        else:
-            gradients, metrics = batch_gradients(
-                objective,
-                lambda params, batch, rng: apply(merge(params, others), batch, rng),
-                ours,
-                micro,
-                key,
-                frozen,
-                shardings,
-            )
+        gradients, metrics, feedback = take(ours, others, micro, key, frozen, state.feedback)
         rate, grad_norm = jnp.asarray(schedule(state.step), jnp.float32), global_norm(gradients)
         finite = jnp.isfinite(metrics.pop("objective")) & jnp.isfinite(grad_norm)
 
@@ -130,6 +113,36 @@ def make_step(
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     shardings = None if placement is None else (placement.state, None)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def _taker(
+    objective: Objective,
+    apply: Apply,
+    placement: Placement | None,
+    staged: StagedStep | None,
+    hierarchy: Hierarchy | None,
+) -> Callable[..., tuple[Any, Metrics, Any]]:
+    """`take(ours, others, micro, key, frozen, feedback)`: gradients of a batch, metrics, and the
+    next feedback, by whichever way the batch goes through the model.
+    """
+    shardings = None if placement is None else placement.gradients
+
+    def take(
+        ours: Any, others: Any, micro: Any, key: Array, frozen: Any, feedback: Any
+    ) -> tuple[Any, Metrics, Any]:
+        given = (ours, others, micro, key, frozen)
+        if hierarchy is not None:
+            return hierarchical_gradients(hierarchy, objective, apply, *given, feedback)
+        if staged is not None:
+            return *staged_gradients(staged, objective, *given, shardings), feedback
+
+        def run(params: Any, batch: Any, rng: Array | None) -> Any:
+            return apply(merge(params, others), batch, rng)
+
+        found = batch_gradients(objective, run, ours, micro, key, frozen, shardings)
+        return *found, feedback
+
+    return take
 
 
 def micro_batches(
